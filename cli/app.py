@@ -1,0 +1,304 @@
+"""The commands: each reads options, calls one function of the library and shows what it returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import guarded, say
+from .terminal import Terminal, hint, show, show_one
+
+if TYPE_CHECKING:
+    from fire_data.run import Run
+
+app = typer.Typer(
+    name="fire",
+    help="Offline-first on-policy distillation: roll out, score, weigh, train, with tables in between.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a field of fire.yaml")]
+Round = Annotated[int | None, typer.Option("--round", min=0, help="default: the first round that is not trained")]
+Redo = Annotated[bool, typer.Option("--redo", help="set the stage and all that was made from it aside first")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+
+def _open(root: Path, overrides: list[str] | None = None) -> Run:
+    from fire_data.run import open_run
+
+    return open_run(root, tuple(overrides or ()))
+
+
+def _number(run: Run, chosen: int | None) -> int:
+    return run.current_round() if chosen is None else chosen
+
+
+def _set_aside(run: Run, stage: str, number: int, redo: bool, name: str | None = None) -> None:
+    if not redo:
+        return
+    from fire_data.overview import redo as set_aside
+
+    for label in set_aside(run, stage, number, name):
+        say(f"set aside: {label}")
+
+
+@app.command()
+@guarded
+def init(
+    run: RunArg,
+    student: Annotated[str | None, typer.Option(help="Hub id or folder of the student")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder of the teacher")] = None,
+    prompts: Annotated[str | None, typer.Option(help="JSONL, Parquet or hf://datasets/...")] = None,
+    held_out: Annotated[str | None, typer.Option(help="prompts with answers for evaluation")] = None,
+    rule: Annotated[str | None, typer.Option(help="a name from `fire rules`")] = None,
+    raw: Annotated[bool | None, typer.Option("--raw", help="no chat template (base models)")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="another run: reuse its round-0 rollouts and scores")] = None,
+) -> None:
+    """Write a commented fire.yaml into a new run directory."""
+    from fire_data.create import fork_run, init_run
+    from fire_data.schemas.errors import ConfigError
+
+    given: dict[str, dict[str, Any]] = {
+        "student": {"model": student}, "teacher": {"model": teacher}, "prompts": {"path": prompts},
+        "eval": {"prompts": held_out}, "weigh": {"rule": rule}, "rollout": {"raw": raw},
+    }  # fmt: skip
+    values = {s: kept for s, fields in given.items() if (kept := {k: v for k, v in fields.items() if v is not None})}
+    if source is not None:
+        if rule is not None:
+            values["weigh"] |= {"params": {}, "name": None, "scope": None, "denominator": None}
+            values["train"] = {"weights": None}
+        fork_run(_open(source), run, values)
+    elif student is None:
+        raise ConfigError("a run needs a student", fix=f"fire init {run} --student FOLDER --teacher FOLDER --prompts FILE")
+    else:
+        init_run(run, values)
+    typer.echo(str(run / "fire.yaml"))
+    hint(f"fire rollout {run}" if source is None else f"fire run {run} --rounds 1")
+
+
+@app.command()
+@guarded
+def rollout(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set = None, as_json: Json = False) -> None:
+    """Let the student answer the round's prompts."""
+    opened = _open(run, overrides)
+    number = _number(opened, round)
+    _set_aside(opened, "rollouts", number, redo)
+    from fire_data.session import Session
+    from fire_data.steps.rollout import rollout as step
+
+    with Terminal() as terminal:
+        manifest = step(Session(opened, terminal), number)
+    show_one({"round": number, **manifest.stats}, as_json)
+    hint(f"fire score {run}")
+
+
+@app.command()
+@guarded
+def score(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set = None, as_json: Json = False) -> None:
+    """Evaluate student and teacher on every token the student wrote."""
+    opened = _open(run, overrides)
+    number = _number(opened, round)
+    _set_aside(opened, "scores", number, redo)
+    from fire_data.session import Session
+    from fire_data.steps.score import score as step
+
+    with Terminal() as terminal:
+        manifest = step(Session(opened, terminal), number)
+    show_one({"round": number, **manifest.stats}, as_json)
+    hint(f"fire weigh {run}")
+
+
+@app.command()
+@guarded
+def weigh(
+    run: RunArg,
+    rule: Annotated[str | None, typer.Option(help="a name from `fire rules`, or 'weight = ...; keep = ...'")] = None,
+    name: Annotated[str | None, typer.Option(help="folder under weights/; default: the rule's name")] = None,
+    param: Annotated[list[str] | None, typer.Option("--param", "-p", metavar="KEY=VALUE", help="a parameter of the rule")] = None,
+    scope: Annotated[str | None, typer.Option(help="trajectory, group, step or round, for every statistic")] = None,
+    denominator: Annotated[str | None, typer.Option(help="tokens, all_tokens, sequences or constant")] = None,
+    round: Round = None,
+    redo: Redo = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Turn scores into one coefficient per token by a rule; no model is loaded."""
+    from fire_data.create import with_rule
+    from fire_data.steps.weigh import weigh as step
+
+    opened = with_rule(_open(run, overrides), rule, name, param or [], scope, denominator)
+    number = _number(opened, round)
+    weights = opened.config.weights_name
+    _set_aside(opened, "weights", number, redo, weights)
+    with Terminal() as terminal:
+        manifest = step(opened, number, terminal)
+    stats = {k: v for k, v in manifest.stats.items() if k not in ("rule", "steps", "weight_sum", "weight_squares")}
+    show_one({"rule": weights, "round": number, **stats}, as_json)
+    chosen = "" if weights == opened.config.trained_weights else f" --set train.weights={weights}"
+    hint(f"fire train {run}{chosen}")
+
+
+@app.command()
+@guarded
+def train(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set = None, as_json: Json = False) -> None:
+    """Execute the coefficients and export the student."""
+    opened = _open(run, overrides)
+    number = _number(opened, round)
+    _set_aside(opened, "checkpoints", number, redo)
+    from fire_data.session import Session
+    from fire_data.steps.train import train as step
+
+    with Terminal() as terminal:
+        manifest = step(Session(opened, terminal), number)
+    checkpoint = str(opened.part("checkpoints", number).folder)
+    show_one({"round": number, "checkpoint": checkpoint, **manifest.stats}, as_json)
+    hint(f"fire run {run} --rounds {number + 2}")
+
+
+@app.command("run")
+@guarded
+def run_rounds(
+    run: RunArg,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds in all, not more rounds")] = 1,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Refresh rounds: rollout, score, weigh, train and evaluate, again and again."""
+    opened = _open(run, overrides)
+    from fire_data.session import Session
+    from fire_data.steps.refresh import refresh
+
+    with Terminal() as terminal:
+        table = refresh(Session(opened, terminal), rounds)
+    show(table, as_json)
+    hint(f"fire inspect {run}")
+
+
+@app.command("eval")
+@guarded
+def evaluate(
+    run: RunArg,
+    round: Annotated[int | None, typer.Option("--round", min=0, help="the student after this round; default: the last")] = None,
+    start: Annotated[bool, typer.Option("--start", help="the student before training")] = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy on held-out prompts: greedy, avg@n, pass@k."""
+    opened = _open(run, overrides)
+    from fire_data.session import Session
+    from fire_data.steps.evaluate import evaluate as step
+
+    last = opened.current_round() - 1
+    number = None if start or (round is None and last < 0) else last if round is None else round
+    with Terminal() as terminal:
+        manifest = step(Session(opened, terminal), number)
+    show_one({"round": "start" if number is None else number, **manifest.stats}, as_json)
+
+
+@app.command()
+@guarded
+def status(run: RunArg, as_json: Json = False) -> None:
+    """Which stages of which rounds are done."""
+    from fire_data import overview
+
+    opened = _open(run)
+    rows = overview.status(opened)
+    if rows or as_json:
+        show(rows, as_json)
+    hint(overview.next_command(opened))
+
+
+@app.command()
+@guarded
+def check(run: RunArg, as_json: Json = False) -> None:
+    """Compare every finished file with its receipt; exit 3 if one differs."""
+    from fire_data import overview
+
+    opened = _open(run)
+    damage = overview.check(opened)
+    if damage or as_json:
+        show(damage, as_json)
+    if damage:
+        say(f"{len(damage)} files are damaged")
+        hint(damage[0]["fix"])
+        raise typer.Exit(3)
+    say("every file is as its receipt says")
+
+
+@app.command()
+@guarded
+def inspect(
+    run: RunArg,
+    which: Annotated[str, typer.Argument(metavar="TRAJECTORY", help="row number or beginning of a trajectory_id")] = "0",
+    round: Annotated[int | None, typer.Option("--round", min=0, help="default: the last with rollouts")] = None,
+    name: Annotated[str | None, typer.Option(help="folder under weights/")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="the columns of every table with units")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show one trajectory with its tokens coloured by weight and the numbers under them."""
+    from .inspect import show_schema, show_trajectory
+
+    if schema:
+        show_schema(as_json)
+        return
+    opened = _open(run)
+    rounds = opened.rounds()
+    number = round if round is not None else rounds[-1] if rounds else 0
+    show_trajectory(opened, number, which, name, as_json)
+
+
+@app.command()
+@guarded
+def rules(name: Annotated[str | None, typer.Argument(help="one rule in full")] = None, as_json: Json = False) -> None:
+    """List the rules, or show one with formula, parameters and source."""
+    from fire_data.rules import RULES, describe_rule
+
+    if name is not None:
+        show_one(describe_rule(name), as_json)
+        return
+    described = [describe_rule(n) for n in RULES]
+    columns = ("name", "what", "paper", "needs", "goes_stale")
+    show(described if as_json else [{k: d[k] for k in columns} for d in described], as_json)
+    hint("fire rules NAME")
+
+
+@app.command()
+@guarded
+def env(as_json: Json = False) -> None:
+    """Versions, devices and threads: what to paste into a bug report."""
+    from fire_data.environment import environment
+
+    show_one(environment(), as_json)
+
+
+@app.command()
+@guarded
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="where the small world and its runs go")],
+    rule: Annotated[str, typer.Option(help="the rule to run beside uniform")] = "fire",
+    rounds: Annotated[int | None, typer.Option(min=1, help="refresh rounds of each arm")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the world, the sampling and the order of prompts")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make a small world, a teacher and a weak student, and distil: the whole loop in minutes on a CPU."""
+    from fire_data.demo.arms import run_demo
+
+    with Terminal() as terminal:
+        result = run_demo(folder, rule=rule, rounds=rounds, seed=seed, report=terminal)
+    if as_json:
+        show(result.table, True)
+    else:
+        show(result.table, False, title=f"student of {folder}")
+        say(f"learning curve: {result.page}")
+        say(f"the demo took {result.seconds:.0f} s in all: " + ", ".join(f"{k} {v:.0f} s" for k, v in result.timing.items()))
+    hint(f"fire inspect {result.run}")
+
+
+def main() -> None:
+    """Entry of the script `fire`."""
+    app()

@@ -1,0 +1,67 @@
+"""From an exception to words and an exit code: the one table, and the one place that catches everything."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+
+from fire_data.schemas.errors import FireError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_HINTS = {
+    "MemoryError": ("out of memory", "smaller score.tokens_per_batch, train.tokens_per_microbatch or rollout.rows_in_flight"),
+    "OutOfMemoryError": ("out of GPU memory", "smaller score.tokens_per_batch, train.tokens_per_microbatch or rollout.rows_in_flight"),
+    "ModuleNotFoundError": ("a package is not installed", "pip install 'fire-opd[torch,report]'"),
+    "PermissionError": ("no permission", "check the owner of the run folder"),
+}
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """A command that ends in an exit code and a message, never in a traceback (FIRE_DEBUG=1 shows it)."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except KeyboardInterrupt:
+            say("interrupted; the same command continues")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # Who reads our output has left; Python must not complain about it when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except FireError as error:
+            _debug(error)
+            say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except Exception as error:  # noqa: BLE001 - the outermost layer: whatever it is, no traceback and exit 1
+            _debug(error)
+            what, fix = _HINTS.get(type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it"))
+            say(f"error: {what}: {type(error).__name__}: {first_line(error)}\n  fix:   {fix}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    typer.echo(text, err=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text."""
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def _debug(error: Any) -> None:
+    if os.environ.get("FIRE_DEBUG") == "1":
+        raise error

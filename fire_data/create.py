@@ -1,0 +1,95 @@
+"""Make a run directory: new, or as a second arm of another run that shares its round-0 rollouts and scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fire_data import files
+from fire_data.rules import RULES
+from fire_data.run import Run, open_run
+from fire_data.schemas.config import parse_config, render_config
+from fire_data.schemas.errors import ConfigError
+from fire_data.shards import Part, read_manifest, verify_shard
+
+_SHARED = (("rollouts", 0), ("scores", 0), ("evals", "start"))
+
+
+def init_run(root: Path, values: dict[str, Any]) -> Run:
+    """Write a commented `fire.yaml` with `values` over the defaults. Local paths in `values` are relative to here.
+
+    Raises ConfigError if there is one already, or if a value is wrong.
+    """
+    target = root / "fire.yaml"
+    if target.exists():
+        raise ConfigError("there is a fire.yaml already", where=str(target), fix=f"edit it, then: fire rollout {root}")
+    anchored = _anchored(values, Path.cwd(), root)
+    parse_config(anchored, str(target))
+    with files.storage_errors(target):
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = files.temporary(root / ".fire" / "tmp", target.name)
+        files.write_bytes(scratch, render_config(anchored).encode())
+        files.publish(scratch, target)
+        scratch.unlink(missing_ok=True)
+    return open_run(root)
+
+
+def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
+    """A second arm: the source's configuration with `changes` to sections, and its round-0 rollouts, scores and
+    start evaluation by hard link, so that both arms begin with the same trajectories."""
+    values = source.config.model_dump(mode="json")
+    for section, fields in changes.items():
+        values[section] = {**values[section], **fields} if isinstance(fields, dict) else fields
+    run = init_run(root, _anchored(values, source.root, Path.cwd()))
+    for stage, number in _SHARED:
+        _link(source.part(stage, number), run.part(stage, number))
+    return run
+
+
+def _anchored(values: dict[str, Any], base: Path, root: Path) -> dict[str, Any]:
+    """Local paths that are relative to `base`, rewritten relative to `root`; Hub ids and absolute paths stay."""
+    result = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
+    places = [("student", "model"), ("teacher", "model"), ("student", "chat_template"), ("teacher", "chat_template")]
+    for section, key in [*places, ("prompts", "path"), ("eval", "prompts")]:
+        value = (result.get(section) or {}).get(key)
+        if isinstance(value, str) and not Path(value).expanduser().is_absolute() and (base / value).exists():
+            result[section][key] = os.path.relpath(base / value, root)
+    return result
+
+
+def _link(source: Part, target: Part) -> None:
+    """Hard-link a sealed stage: shards, then receipts, then the manifest. Copies across file systems."""
+    manifest = read_manifest(source)
+    if manifest is None or not manifest.sealed:
+        return
+    with files.storage_errors(target.folder):
+        for receipt in manifest.shards:
+            files.link_or_copy(verify_shard(source, receipt), target.file(receipt.shard))
+            files.link_or_copy(source.receipt_path(receipt.shard), target.receipt_path(receipt.shard))
+        files.link_or_copy(source.manifest_path, target.manifest_path)
+
+
+def with_rule(
+    run: Run, rule: str | None, name: str | None, params: list[str], scope: str | None, denominator: str | None
+) -> Run:
+    """The run with another rule than its configuration's; a new rule does not inherit the old one's parameters."""
+    given: dict[str, Any] = {}
+    if rule is not None and rule != run.config.weigh.rule:
+        given |= {"rule": rule, "params": {}, "name": None, "scope": None, "denominator": None}
+        if rule not in RULES and "=" in rule and name is None:
+            given["name"] = "expression"
+    given |= {k: v for k, v in {"name": name, "scope": scope, "denominator": denominator}.items() if v is not None}
+    values = run.config.model_dump(mode="json")
+    values["weigh"] |= given
+    for text in params:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--param takes key=value, not {text!r}", fix="-p percentile=30")
+        values["weigh"]["params"][key] = yaml.safe_load(value)
+    # What is trained stays what fire.yaml says: another rule on the command line is there to compare.
+    values["train"]["weights"] = run.config.trained_weights
+    return dataclasses.replace(run, config=parse_config(values, "the command line"))

@@ -1,0 +1,209 @@
+"""Bytes on disk: write beside, fsync, publish without overwriting, then a create-only receipt. Nothing torn is ever seen.
+
+Every writer goes through this module, so there is one place to inject faults and one place that turns an
+operating-system error into words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fire_data.schemas.errors import DataError, StorageError
+
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
+
+
+@contextlib.contextmanager
+def storage_errors(where: Path | str) -> Iterator[None]:
+    """Turn OSError into StorageError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, fix = "the disk is full", "free some space, then the same command again continues"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what, fix = f"no permission to write: {error.strerror}", "make the run folder writable, then the same command again"
+        else:
+            what, fix = f"the file system failed: {error.strerror or error}", "the same command again continues"
+        raise StorageError(what, where=str(error.filename or where), fix=fix) from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make names created in, or removed from, a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def temporary(folder: Path, name: str) -> Path:
+    """A fresh name in a temporary folder, marked with host and process so that leftovers of the dead can be told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{name}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of processes of this host that no longer run."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        host, _, rest = path.name.partition(".")
+        pid = rest.partition(".")[0]
+        if host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
+            remove(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write and fsync a new file (no atomicity: for temporary names)."""
+    with path.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def replace_json(path: Path, value: Any, tmp: Path) -> None:
+    """Atomically create or replace a JSON file."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = temporary(tmp, path.name)
+        try:
+            write_bytes(scratch, _json_bytes(value))
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def create_json(path: Path, value: Any, tmp: Path) -> bool:
+    """Atomically create a JSON file; False if one is already there, which is then left alone."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = temporary(tmp, path.name)
+        try:
+            write_bytes(scratch, _json_bytes(value))
+            return publish(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path, what: str, fix: str | None = None) -> Any:
+    """The value of a JSON file, None if there is none. Raises DataError for anything that is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is not readable: {error}", where=str(path), fix=fix) from None
+    except OSError as error:
+        raise StorageError(f"{what} cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def publish(scratch: Path, final: Path) -> bool:
+    """Give a complete, fsynced file its final name without overwriting; False if the name is taken."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(scratch, final)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        with locked(scratch.parent / f"{hashlib.sha256(str(final).encode()).hexdigest()[:16]}.lock"):
+            if final.exists():
+                return False
+            os.rename(scratch, final)
+    fsync_folder(final.parent)
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock that the kernel releases when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def set_aside(paths: list[Path], orphans: Path) -> None:
+    """Move files or folders out of sight, never delete: to a fresh folder under `orphans`."""
+    present = [p for p in paths if p.exists()]
+    if not present:
+        return
+    with storage_errors(orphans):
+        target = orphans / secrets.token_hex(4)
+        target.mkdir(parents=True)
+        for path in present:
+            os.rename(path, target / path.name)
+            fsync_folder(path.parent)
+        fsync_folder(target)
+
+
+def publish_folder(scratch: Path, final: Path) -> None:
+    """Give a complete, synced folder its final name; the name must be free."""
+    with storage_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(scratch, final)
+        fsync_folder(final.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link under a new name; a synced copy where the file systems differ."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in {*_NO_HARD_LINKS, errno.EXDEV}:
+            raise
+        shutil.copyfile(source, target)
+        fsync_file(target)
+    fsync_folder(target.parent)

@@ -1,0 +1,27 @@
+"""From one row per trajectory to one row per token."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from fire_data.schemas.tables import SCORES, WEIGHTS
+
+_TOKEN_COLUMNS = tuple(c.name for c in (*SCORES, *WEIGHTS) if c.per == "token")
+_PROMPT_COLUMNS = ("prompt_ids", "teacher_prompt_ids", "messages")
+
+
+def explode(frame: pl.DataFrame | pl.LazyFrame) -> pl.LazyFrame:
+    """One row per response token: `position` (from 0), every token column as a scalar, trajectory columns repeated.
+
+    Columns about the prompt are left out. Trajectories without tokens have no row.
+    """
+    lf = frame.lazy()
+    schema = lf.collect_schema()
+    lists = [c for c in _TOKEN_COLUMNS if c in schema]
+    position = pl.int_ranges(pl.col(lists[0]).list.len(), dtype=pl.Int32)
+    return (
+        lf.drop([c for c in _PROMPT_COLUMNS if c in schema])
+        .filter(pl.col(lists[0]).list.len() > 0)
+        .with_columns(position=position)
+        .explode("position", *lists)
+    )

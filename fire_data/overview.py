@@ -1,0 +1,116 @@
+"""Where a run stands: which stages of which rounds are sealed, what is damaged, what to do next, and how to redo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fire_data import files
+from fire_data.run import STAGES, Run
+from fire_data.schemas.manifest import Manifest
+from fire_data.shards import Part, intact, read_manifest, read_receipt
+from fire_data.stages import set_stage_aside
+
+_VERBS = {"rollouts": "rollout", "scores": "score", "weights": "weigh", "checkpoints": "train"}
+
+
+def parts(run: Run) -> list[Part]:
+    """Every stage of every round that was started, in the order in which they are made."""
+    found = []
+    names = weight_names(run)
+    if read_manifest(run.part("evals", "start")) is not None:
+        found.append(run.part("evals", "start"))
+    for number in run.rounds():
+        stages = [run.part(s, number) for s in ("rollouts", "scores")]
+        stages += [run.part("weights", number, n) for n in names]
+        stages += [run.part("checkpoints", number), run.part("evals", number)]
+        found += [p for p in stages if p.manifest_path.exists()]
+    return found
+
+
+def weight_names(run: Run) -> list[str]:
+    """The folders under `weights/` that were started."""
+    folder = run.root / ".fire" / "manifests" / "weights"
+    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
+
+def status(run: Run) -> list[dict[str, Any]]:
+    """One row per started stage: state, shards done and planned, rows, tokens, bytes, seconds."""
+    rows = []
+    for part in parts(run):
+        manifest = read_manifest(part)
+        assert manifest is not None
+        done = list(manifest.shards) or [r for s in manifest.plan if (r := read_receipt(part, s.name)) is not None]
+        rows.append({
+            "stage": part.stage if part.name is None else f"{part.stage}/{part.name}",
+            "round": part.round,
+            "state": manifest.state,
+            "shards": len(done),
+            "planned": len(manifest.plan) or len(done),
+            "rows": sum(r.rows for r in done),
+            "tokens": sum(r.tokens for r in done),
+            "bytes": sum(r.bytes for r in done),
+            "seconds": round(sum(r.seconds for r in done), 1),
+        })  # fmt: skip
+    return rows
+
+
+def next_command(run: Run) -> str:
+    """The stage command that brings the run on."""
+    number = run.current_round()
+    for stage in STAGES:
+        manifest: Manifest | None = read_manifest(run.part(stage, number))
+        if manifest is None or not manifest.sealed:
+            return f"fire {_VERBS[stage]} {run.root}"
+    return f"fire run {run.root} --rounds {number + 1}"
+
+
+def check(run: Run) -> list[dict[str, Any]]:
+    """Compare every finished shard and checkpoint file with its receipt; the rows that do not hold, with the fix."""
+    damage = []
+    for part in parts(run):
+        manifest = read_manifest(part)
+        assert manifest is not None
+        receipts = list(manifest.shards) or [r for s in manifest.plan if (r := read_receipt(part, s.name)) is not None]
+        for receipt in receipts:
+            path = part.folder / receipt.shard if part.stage == "checkpoints" else part.file(receipt.shard)
+            if not intact(path, receipt):
+                what = "differs from its receipt" if path.exists() else "is missing"
+                damage.append({"stage": part.label, "shard": receipt.shard, "what": what, "path": str(path), "fix": part.command})
+    return damage
+
+
+def redo(run: Run, stage: str, number: int, name: str | None = None) -> list[str]:
+    """Set a stage aside with everything that was made from it, later rounds included. Returns what was moved."""
+    rest = STAGES[STAGES.index(stage) :]
+    moved = []
+    for part in reversed(parts(run)):
+        same = part.round == number and _follows(run, part, stage, rest, name)
+        later = isinstance(part.round, int) and part.round > number and _lineage(run, stage, name)
+        if same or later:
+            set_stage_aside(part)
+            moved.append(part.label)
+    if _lineage(run, stage, name):
+        _set_states_aside(run, number)
+    return moved[::-1]
+
+
+def _lineage(run: Run, stage: str, name: str | None) -> bool:
+    """False for weights that are only there to compare: nothing depends on them."""
+    return stage != "weights" or name == run.config.trained_weights
+
+
+def _follows(run: Run, part: Part, stage: str, rest: tuple[str, ...], name: str | None) -> bool:
+    if part.stage == "evals":
+        return _lineage(run, stage, name)
+    if stage == "weights":
+        return part.name == name if part.stage == "weights" else part.stage in rest and _lineage(run, stage, name)
+    return part.stage in rest
+
+
+def _set_states_aside(run: Run, number: int) -> None:
+    """Training states of a round that is done again, and of later ones."""
+    folder: Path = run.root / ".fire" / "train"
+    states = sorted(folder.glob("step-*-round-*")) if folder.is_dir() else []
+    late = [p for p in states if int(p.name.rpartition("-")[2]) >= number]
+    files.set_aside(late, run.root / ".fire" / "orphans")

@@ -1,0 +1,158 @@
+"""Read prompts from JSONL or Parquet, here or on the Hub, into one table, with errors that name the line.
+
+A prompt has `messages` or `prompt`; `answer` and `teacher` are optional; all other fields are kept as JSON in `extra`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fire_data.schedule import hash_text
+from fire_data.schemas.errors import ConfigError, DataError
+from fire_data.schemas.manifest import digest
+from fire_data.schemas.tables import arrow_schema, conform
+
+_HUB = "hf://datasets/"
+_KNOWN = ("prompt_id", "messages", "prompt", "answer", "teacher")
+
+
+def read_prompts(path: str, base: Path, *, need_answer: bool = False) -> pa.Table:
+    """The prompts table of a file: `.jsonl`, `.json` lines or `.parquet`; local (relative to `base`) or hf://datasets/….
+
+    Raises ConfigError for a file that is not there, DataError naming the line for everything inside it.
+    """
+    file = _download(path) if path.startswith(_HUB) else _local(path, base)
+    given = _parquet_rows(file, path) if file.suffix == ".parquet" else _jsonl_rows(file, path)
+    rows = [_row(values, where, need_answer) for values, where in given]
+    if not rows:
+        raise DataError("there is no prompt in the file", where=path, fix='one JSON object a line: {"messages": [...]}')
+    _name(rows, path)
+    return conform(pa.Table.from_pylist(rows, schema=arrow_schema("prompts")), "prompts", path)
+
+
+def prompts_digest(prompts: pa.Table) -> str:
+    """Identifies the content of a prompts table, whatever file or order it came from."""
+    return digest(sorted(digest(row) for row in prompts.to_pylist()))
+
+
+def as_messages(prompt: dict[str, Any]) -> list[dict[str, str]]:
+    """The conversation of a prompt row; a plain `prompt` is one user message."""
+    messages: list[dict[str, str]] | None = prompt["messages"]
+    return messages if messages is not None else [{"role": "user", "content": prompt["prompt"]}]
+
+
+def _local(path: str, base: Path) -> Path:
+    file = base / Path(path).expanduser()
+    if not file.is_file():
+        what = "is a folder, not a file" if file.is_dir() else "does not exist"
+        raise ConfigError(f"the prompts file {what}", where=str(file), fix="--set prompts.path=FILE (relative to the run folder)")
+    return file
+
+
+def _download(path: str) -> Path:
+    """A Hub file in the local cache: hf://datasets/user/name[@revision]/path/in/repo."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, _, rest = path.removeprefix(_HUB).partition("/")
+    name, _, inside = rest.partition("/")
+    name, _, revision = name.partition("@")
+    if not (owner and name and inside):
+        raise ConfigError("a Hub path names a file", where=path, fix="hf://datasets/user/name/file.jsonl")
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", inside, repo_type="dataset", revision=revision or None))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        text = f"the Hub did not give the prompts: {str(error).splitlines()[0]}"
+        raise DataError(text, where=path, fix="check the name, the network and `hf auth login`") from None
+
+
+def _jsonl_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
+    with file.open("rb") as f:
+        for number, line in enumerate(f, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line), where
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"not valid JSON: {error}", where=where, fix="one JSON object per line, UTF-8") from None
+
+
+def _parquet_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
+    try:
+        table = pq.read_table(file, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"not a readable Parquet file: {error}", where=path) from None
+    for number, row in enumerate(table.to_pylist()):
+        yield {k: v for k, v in row.items() if v is not None}, f"{path}, row {number}"
+
+
+def _row(values: Any, where: str, need_answer: bool) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise DataError(f"a prompt is an object, not {type(values).__name__}", where=where)
+    messages, prompt = values.get("messages"), values.get("prompt")
+    if (messages is None) == (prompt is None):
+        what = "neither `messages` nor `prompt`" if messages is None else "both `messages` and `prompt`"
+        raise DataError(f"the prompt has {what}; it has: {', '.join(values) or 'no field'}", where=where, fix="give one of them")
+    if prompt is not None and not isinstance(prompt, str):
+        raise DataError(f"`prompt` must be text, not {type(prompt).__name__}", where=where)
+    if messages is not None:
+        _check_messages(messages, where)
+    answer = values.get("answer")
+    if answer is None and need_answer:
+        raise DataError("the prompt has no `answer`, which the verifier compares with", where=where, fix="add it, or --set rollout.verifier=none")
+    extra = {k: v for k, v in values.items() if k not in _KNOWN}
+    row = {
+        "prompt_id": _scalar(values.get("prompt_id"), "prompt_id", where),
+        "messages": [{"role": m["role"], "content": m["content"]} for m in messages] if messages is not None else None,
+        "prompt": prompt,
+        "answer": _scalar(answer, "answer", where),
+        "teacher": _scalar(values.get("teacher"), "teacher", where),
+        "extra": json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str) if extra else None,
+    }
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError("the prompt holds half of a surrogate pair, which is not text", where=where) from None
+    return row
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError("`messages` must be a list with at least one message", where=where)
+    for i, message in enumerate(messages):
+        ok = isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        if not ok:
+            raise DataError(f"message {i} needs `role` and `content`, both text", where=where)
+
+
+def _scalar(value: Any, name: str, where: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"`{name}` must be text or a number, not {type(value).__name__}", where=where)
+
+
+def _name(rows: list[dict[str, Any]], path: str) -> None:
+    """Give prompts without an id a hash of messages and teacher, repeats a suffix; refuse explicit duplicates."""
+    explicit: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        if row["prompt_id"] is not None:
+            if row["prompt_id"] in explicit:
+                first = explicit[row["prompt_id"]]
+                text = f"prompt_id {row['prompt_id']!r} is given twice, to prompts {first} and {i} (counted from 0)"
+                raise DataError(text, where=path, fix="make prompt_id unique, or leave it out")
+            explicit[row["prompt_id"]] = i
+    seen: dict[str, int] = {}
+    for row in rows:
+        if row["prompt_id"] is None:
+            name = hash_text(row["messages"], row["prompt"], row["teacher"])
+            count = seen[name] = seen.get(name, 0) + 1
+            row["prompt_id"] = name if count == 1 else f"{name}-{count}"

@@ -1,0 +1,154 @@
+"""Models and tokenizers of one process, loaded when first needed and shared by the stages that run in it.
+
+Loading is the expensive part of a stage that finds its work done, so nothing here happens before a shard is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fire_data import chat, vocabulary
+from fire_data.run import Run
+from fire_data.schemas.config import ModelConfig
+from fire_data.schemas.manifest import Manifest, digest
+from fire_data.shards import Part, read_manifest, verify_file
+from fire_data.stages import Reporter, Silent
+from fire_data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Session:
+    """What the stages of one run share in one process."""
+
+    def __init__(self, run: Run, report: Reporter | None = None) -> None:
+        self.run = run
+        self.report = report or Silent()
+        self._models: dict[str, tuple[str, Any]] = {}
+        if run.config.threads:
+            import torch
+
+            torch.set_num_threads(run.config.threads)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's tokenizer."""
+        from fire_data import models
+
+        return models.load_tokenizer(self.run.config.student, self.run.root)
+
+    @cached_property
+    def teacher_tokenizer(self) -> Any:
+        """The teacher's tokenizer."""
+        from fire_data import models
+
+        return models.load_tokenizer(self.run.teacher(), self.run.root)
+
+    @cached_property
+    def comparison(self) -> vocabulary.Comparison:
+        """Student's and teacher's tokenizers compared; raises TokenizerError if an id means different bytes."""
+        found = vocabulary.compare(self.tokenizer, self.teacher_tokenizer)
+        student, teacher = self.run.config.student.model, self.run.teacher().model
+        vocabulary.require_compatible(found, f"student {student}, teacher {teacher}")
+        for warning in found.warnings:
+            self.report.warn(warning)
+        return found
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The ids that may be sampled, share the probability and are trained: those all models have."""
+        from fire_data import models
+
+        given = [(self.run.config.student, self.tokenizer)]
+        if self.run.config.teacher is not None:
+            assert self.comparison is not None
+            given.append((self.run.config.teacher, self.teacher_tokenizer))
+        rows = [models.output_rows(cfg, self.run.root) for cfg, _ in given]
+        return vocabulary.shared_vocabulary(*(t for _, t in given), rows=rows)
+
+    @cached_property
+    def vocabulary_fields(self) -> dict[str, Any]:
+        """The vocabulary for a fingerprint: both tokenizers' bytes and roles."""
+        fields = {"student": vocabulary.fingerprint(self.tokenizer)}
+        if self.run.config.teacher is not None:
+            fields["teacher"] = vocabulary.fingerprint(self.teacher_tokenizer)
+        allowed = self.vocabulary.allowed
+        return {**fields, "size": self.vocabulary.size, "allowed": digest(allowed.nonzero()[0].tolist())}
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a response."""
+        from fire_data import models
+
+        return models.stop_ids(self.run.config.student, self.run.root, self.tokenizer)
+
+    def student_fields(self, round: int) -> dict[str, Any]:
+        """The model that writes in a round, for a fingerprint: its weights and how they are used."""
+        cfg = self.run.student(round)
+        if round == 0:
+            return {"weights": self._fingerprint(cfg), "dtype": cfg.dtype}
+        manifest = read_manifest(self.run.part("checkpoints", round - 1))
+        assert manifest is not None
+        return {"weights": f"checkpoint:{manifest.digest}", "dtype": cfg.dtype}
+
+    def teacher_fields(self) -> dict[str, Any]:
+        """The teacher, for a fingerprint."""
+        cfg = self.run.teacher()
+        return {"weights": self._fingerprint(cfg), "dtype": cfg.dtype}
+
+    def template_fields(self, cfg: ModelConfig) -> str:
+        """The chat template a model renders with, for a fingerprint."""
+        tokenizer = self.teacher_tokenizer if cfg is self.run.config.teacher else self.tokenizer
+        raw = cfg is self.run.config.student and self.run.config.rollout.raw
+        return chat.template_fingerprint(tokenizer, cfg, self.run.root, raw)
+
+    def student(self, round: int) -> PreTrainedModel:
+        """The model that writes in a round, loaded for inference; its bytes are verified if it is a checkpoint."""
+        key = self.student_fields(round)["weights"]
+        if round > 0 and self._models.get("student", ("", None))[0] != key:
+            part = self.run.part("checkpoints", round - 1)
+            verify_checkpoint(part, read_manifest(part))
+        return self._load("student", key, self.run.student(round))
+
+    def teacher(self) -> PreTrainedModel:
+        """The teacher, loaded for inference."""
+        return self._load("teacher", self.teacher_fields()["weights"], self.run.teacher())
+
+    def release(self, *who: str) -> None:
+        """Forget loaded models (all, if none is named) and give their memory back."""
+        for name in who or tuple(self._models):
+            self._models.pop(name, None)
+        gc.collect()
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _load(self, who: str, key: str, cfg: ModelConfig) -> PreTrainedModel:
+        from fire_data import models
+
+        if self._models.get(who, ("", None))[0] != key:
+            self.release(who)
+            self.report.note(f"loading {who} {cfg.model}")
+            self._models[who] = (key, models.load_model(cfg, self.run.root))
+        model: PreTrainedModel = self._models[who][1]
+        return model
+
+    def _fingerprint(self, cfg: ModelConfig) -> str:
+        from fire_data import models
+
+        return models.model_fingerprint(cfg, self.run.root, self._cache)
+
+    @property
+    def _cache(self) -> Path:
+        return self.run.root / ".fire" / "model-hashes.json"
+
+
+def verify_checkpoint(part: Part, manifest: Manifest | None) -> None:
+    """Raise DamagedError if a file of a checkpoint is not what its manifest says."""
+    for receipt in manifest.shards if manifest else ():
+        verify_file(part, part.folder / receipt.shard, receipt)

@@ -1,0 +1,245 @@
+"""Shards of a stage: Parquet with page checksums, visible only through a receipt, verified by sha256 on every read.
+
+Layout: `RUN/<stage>/[<name>/]round-000/00000.parquet`, receipts and manifests mirrored under `RUN/.fire/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from fire_data import files
+from fire_data.schemas.errors import DamagedError, DataError, IncompleteError
+from fire_data.schemas.manifest import Manifest, Receipt, Shard
+from fire_data.schemas.tables import FORMAT
+
+_T = TypeVar("_T", Manifest, Receipt)
+_ROW_GROUP_BYTES = 64 << 20  # the Hub's viewer refuses row groups over 286 MiB
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stage of one round of a run, and where its pieces lie. `round` is a number, or a word for evals."""
+
+    root: Path
+    stage: str
+    round: int | str
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """How messages name it: `weights/fire round-000`."""
+        return f"{self._path[0]} {self._path[1]}"
+
+    @property
+    def _path(self) -> tuple[str, str]:
+        stage = f"{self.stage}/{self.name}" if self.name else self.stage
+        return stage, self.round if isinstance(self.round, str) else f"round-{self.round:03d}"
+
+    @property
+    def folder(self) -> Path:
+        return self.root.joinpath(*self._path)
+
+    @property
+    def receipts(self) -> Path:
+        return self.root.joinpath(".fire", "receipts", *self._path)
+
+    @property
+    def manifest_path(self) -> Path:
+        stage, round_ = self._path
+        return self.root / ".fire" / "manifests" / stage / f"{round_}.json"
+
+    @property
+    def tmp(self) -> Path:
+        return self.root / ".fire" / "tmp"
+
+    @property
+    def orphans(self) -> Path:
+        return self.root / ".fire" / "orphans"
+
+    def file(self, shard: str) -> Path:
+        return self.folder / f"{shard}.parquet"
+
+    def receipt_path(self, shard: str) -> Path:
+        return self.receipts / f"{shard}.json"
+
+    def lock(self, shard: str) -> Path:
+        """Held while a shard is published and receives its receipt."""
+        stage, round_ = self._path
+        return self.tmp / f"{stage.replace('/', '-')}-{round_}-{shard}.lock"
+
+    @property
+    def command(self) -> str:
+        """The command that makes this stage."""
+        verb = {"rollouts": "rollout", "scores": "score", "weights": "weigh", "checkpoints": "train", "evals": "eval"}
+        text = f"fire {verb[self.stage]} {self.root}"
+        text += f" --round {self.round}" if isinstance(self.round, int) else ""
+        return text + (f" --name {self.name}" if self.stage == "weights" and self.name else "")
+
+
+def read_manifest(part: Part) -> Manifest | None:
+    """The stage's manifest, open or sealed; None if it was never started. Raises DataError if it is not one."""
+    value = files.read_json(part.manifest_path, "a manifest", fix=f"{part.command} --redo")
+    return None if value is None else _record(Manifest, value, part.manifest_path, f"{part.command} --redo")
+
+
+def read_receipt(part: Part, shard: str) -> Receipt | None:
+    """The receipt of a shard; None if there is none. Raises DataError if it is not one."""
+    path = part.receipt_path(shard)
+    value = files.read_json(path, "a receipt", fix=part.command)
+    return None if value is None else _record(Receipt, value, path, part.command)
+
+
+def _record(kind: type[_T], value: object, path: Path, fix: str) -> _T:
+    try:
+        record = kind.model_validate(value)
+    except ValidationError as error:
+        raise DataError(f"not a {kind.__name__.lower()}: {error.errors()[0]['msg']}", where=str(path), fix=fix) from None
+    if isinstance(record, Manifest) and record.format > FORMAT:
+        raise DataError(f"format {record.format} is newer than this version reads ({FORMAT})", where=str(path), fix="upgrade fire-opd")
+    return record
+
+
+def sealed(part: Part) -> Manifest:
+    """The sealed manifest of a stage, or IncompleteError with the command that finishes it."""
+    manifest = read_manifest(part)
+    if manifest is None or not manifest.sealed:
+        state = "not started" if manifest is None else "not finished"
+        raise IncompleteError(f"{part.label} is {state}", where=str(part.folder), fix=part.command)
+    return manifest
+
+
+def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, started: float) -> Receipt:
+    """Commit one shard: temporary file, fsync, re-open and count, publish, receipt. A lost race discards our copy."""
+    scratch = files.temporary(part.tmp, f"{shard.name}.parquet")
+    final = part.file(shard.name)
+    with files.storage_errors(final):
+        try:
+            _write_parquet(scratch, table, fingerprint)
+            files.fsync_file(scratch)
+            receipt = _receipt(scratch, shard.name, table.num_rows, fingerprint, time.monotonic() - started)
+            with files.locked(part.lock(shard.name)):
+                other = read_receipt(part, shard.name)
+                if other is not None:
+                    return other
+                if not files.publish(scratch, final):
+                    files.set_aside([final], part.orphans)
+                    files.publish(scratch, final)
+                files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return receipt
+
+
+def _write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
+    metadata = {**(table.schema.metadata or {}), b"fire.fingerprint": fingerprint.encode()}
+    floats = [f"{f.name}.list.element" for f in table.schema if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)]
+    texts = [f.name for f in table.schema if pa.types.is_string(f.type)]
+    rows = max(1, min(table.num_rows, table.num_rows * _ROW_GROUP_BYTES // max(1, table.nbytes)))
+    pq.write_table(
+        table.replace_schema_metadata(metadata),
+        path,
+        row_group_size=rows,
+        compression="zstd",
+        use_dictionary=texts,
+        use_byte_stream_split=floats,  # type: ignore[arg-type]
+        write_page_index=True,
+        write_page_checksum=True,
+        use_content_defined_chunking=True,
+    )
+
+
+def _receipt(path: Path, shard: str, rows: int, fingerprint: str, seconds: float) -> Receipt:
+    counted = pq.read_metadata(path).num_rows
+    if counted != rows:
+        raise OSError(f"re-reading gave {counted} rows instead of {rows}")
+    tokens = 0
+    schema = pq.read_schema(path)
+    leader = next((c for c in ("response_ids", "weight") if c in schema.names), None)
+    if leader:
+        tokens = sum(len(x) for x in pq.read_table(path, columns=[leader])[leader].combine_chunks().tolist())
+    return Receipt(
+        shard=shard, sha256=files.sha256_file(path), bytes=path.stat().st_size, rows=rows, tokens=tokens,
+        fingerprint=fingerprint, versions=versions(), seconds=round(seconds, 3),
+    )  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Library versions that may change bytes: recorded, never compared."""
+    import importlib.metadata as metadata
+
+    found = {"python": platform.python_version()}
+    for name in ("fire-opd", "pyarrow", "polars", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def intact(path: Path, receipt: Receipt) -> bool:
+    """True if a file is there with the very bytes of its receipt."""
+    try:
+        return path.stat().st_size == receipt.bytes and files.sha256_file(path) == receipt.sha256
+    except FileNotFoundError:
+        return False
+
+
+def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
+    """Give a complete shard that lost its writer before the receipt one; set anything else aside.
+
+    Every page is read with its checksum, so a damaged or foreign file is not adopted.
+    """
+    path = part.file(shard.name)
+    if not path.exists():
+        return None
+    with files.storage_errors(path), files.locked(part.lock(shard.name)):
+        existing = read_receipt(part, shard.name)
+        if existing is not None:
+            return existing
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+        except (pa.ArrowException, OSError, ValueError):
+            table = None
+        found = (table.schema.metadata or {}).get(b"fire.fingerprint", b"").decode("utf-8", "replace") if table is not None else ""
+        if table is None or found != fingerprint:
+            files.set_aside([path], part.orphans)
+            return None
+        receipt = _receipt(path, shard.name, table.num_rows, fingerprint, 0.0)
+        files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
+        return receipt
+
+
+def verify_shard(part: Part, receipt: Receipt) -> Path:
+    """The path of a shard whose bytes were just compared with its receipt. Raises DamagedError otherwise."""
+    return verify_file(part, part.file(receipt.shard), receipt)
+
+
+def verify_file(part: Part, path: Path, receipt: Receipt) -> Path:
+    """As `verify_shard`, for any file of a stage: checkpoints have receipts for theirs too."""
+    if not intact(path, receipt):
+        what = "a file is missing" if not path.exists() else "a file's bytes are not those of its receipt"
+        raise DamagedError(what, where=f"{part.label}, {receipt.shard} ({path})", fix=part.command)
+    return path
+
+
+def read_shard(part: Part, receipt: Receipt, columns: list[str] | None = None) -> pa.Table:
+    """Rows of a shard. The bytes that are hashed are the bytes that are parsed. Raises DamagedError."""
+    path = part.file(receipt.shard)
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != receipt.sha256:
+        verify_shard(part, receipt)
+        raise DamagedError("a shard changed while it was read", where=f"{part.label}, shard {receipt.shard}", fix=part.command)
+    return pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
+

@@ -1,0 +1,130 @@
+"""Run one stage of one round to its end: open or resume the plan, make what is missing, seal. The same command continues.
+
+The plan and the fingerprint are fixed when a stage starts. A different fingerprint later is an error that names the
+fields; `redo` sets the stage, and all that was made from it, aside first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from fire_data import files
+from fire_data.schemas.errors import FingerprintError
+from fire_data.schemas.manifest import Manifest, Receipt, Shard, differences, digest
+from fire_data.shards import Part, adopt, intact, read_manifest, read_receipt, write_shard
+
+
+class Reporter(Protocol):
+    """Where a stage tells how far it is. `unit` is rows, tokens or steps."""
+
+    def start(self, what: str, total: int, unit: str) -> None: ...
+    def advance(self, count: int) -> None: ...
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+class Silent:
+    """A Reporter that says nothing."""
+
+    def start(self, what: str, total: int, unit: str) -> None: ...
+    def advance(self, count: int) -> None: ...
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is to be made: where, from which result-changing fields, in which shards."""
+
+    part: Part
+    fields: dict[str, Any]
+    plan: tuple[Shard, ...]
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.fields)
+
+
+def plan_shards(units: int, per_shard: int) -> tuple[Shard, ...]:
+    """Shards of `per_shard` consecutive units, the last one shorter; an empty stage has no shard."""
+    starts = range(0, units, per_shard)
+    return tuple(Shard(name=f"{i:05d}", start=a, stop=min(a + per_shard, units)) for i, a in enumerate(starts))
+
+
+def open_stage(stage: Stage) -> Manifest:
+    """The manifest to work under: the existing one if its fingerprint agrees, else a new one. Raises FingerprintError."""
+    part = stage.part
+    fresh = Manifest(
+        stage=part.stage, name=part.name, round=part.round if isinstance(part.round, int) else -1,
+        fingerprint=stage.fingerprint, fields=stage.fields, plan=stage.plan, recorded=stage.recorded,
+    )  # fmt: skip
+    found = read_manifest(part)
+    if found is None and files.create_json(part.manifest_path, fresh.model_dump(mode="json"), part.tmp):
+        return fresh
+    found = found or read_manifest(part)
+    assert found is not None
+    if found.fingerprint != stage.fingerprint:
+        changed = differences(found.fields, stage.fields)
+        text = f"{part.label} was started with other settings: " + "; ".join(changed)
+        fix = f"set them back, or make it anew: {part.command} --redo"
+        raise FingerprintError(text, where=str(part.manifest_path), fix=fix)
+    return found
+
+
+def run_stage(
+    stage: Stage,
+    make: Callable[[Shard], pa.Table],
+    finish: Callable[[list[Receipt]], dict[str, Any]] | None = None,
+    report: Reporter | None = None,
+) -> Manifest:
+    """Make every shard that is missing or damaged, then seal the stage. A finished, intact stage is left as it is.
+
+    `make` returns one conforming table per shard; `finish` turns the receipts into the manifest's `stats`.
+    """
+    part, report = stage.part, report or Silent()
+    files.remove_leftovers(part.tmp)
+    manifest = open_stage(stage)
+    receipts = {shard.name: _existing(part, shard, manifest, report) for shard in manifest.plan}
+    if manifest.sealed and all(receipts.values()):
+        return manifest
+    report.start(part.label, sum(s.stop - s.start for s in manifest.plan), "rows")
+    for shard in manifest.plan:
+        if receipts[shard.name] is None:
+            started = time.monotonic()
+            receipts[shard.name] = write_shard(part, shard, make(shard), manifest.fingerprint, started)
+        report.advance(shard.stop - shard.start)
+    done = [r for shard in manifest.plan if (r := receipts[shard.name]) is not None]
+    return seal(part, manifest, done, finish(done) if finish else {}, stage.recorded)
+
+
+def seal(part: Part, manifest: Manifest, receipts: list[Receipt], stats: dict[str, Any], recorded: dict[str, Any]) -> Manifest:
+    """Replace the open manifest by the sealed one: from now on later stages accept this one."""
+    values = {"state": "sealed", "shards": tuple(receipts), "stats": stats, "recorded": recorded}
+    finished = manifest.model_copy(update=values)
+    files.replace_json(part.manifest_path, finished.model_dump(mode="json"), part.tmp)
+    return finished
+
+
+def _existing(part: Part, shard: Shard, manifest: Manifest, report: Reporter) -> Receipt | None:
+    """The receipt of a shard that needs no work; a damaged shard or foreign receipt is set aside."""
+    receipt = read_receipt(part, shard.name)
+    if receipt is None:
+        return adopt(part, shard, manifest.fingerprint)
+    if receipt.fingerprint == manifest.fingerprint and intact(part.file(shard.name), receipt):
+        return receipt
+    report.warn(f"{part.label}: shard {shard.name} is damaged or missing and is made again")
+    # The file goes first: a receipt without its file is damage, a file without receipt could be adopted.
+    files.set_aside([part.file(shard.name), part.receipt_path(shard.name)], part.orphans)
+    return None
+
+
+def set_stage_aside(part: Part) -> None:
+    """Move a stage's manifest, receipts and shards to the orphans; the manifest first, so nothing half-removed is sealed."""
+    for path in (part.manifest_path, part.receipts, part.folder):
+        files.set_aside([path], part.orphans)

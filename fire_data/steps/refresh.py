@@ -1,0 +1,85 @@
+"""`fire run`: refresh rounds. Each round: rollout, score, weigh, train, evaluate; the same command continues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fire_data.run import Run
+from fire_data.schemas.manifest import Manifest
+from fire_data.session import Session
+from fire_data.shards import read_manifest
+from fire_data.steps.evaluate import evaluate
+from fire_data.steps.rollout import rollout
+from fire_data.steps.score import score
+from fire_data.steps.train import train
+from fire_data.steps.weigh import weigh
+
+
+def refresh(session: Session, rounds: int, after_round: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
+    """Bring a run to `rounds` rounds in all. Rounds whose checkpoint is sealed are left alone.
+
+    `after_round` is told each finished round's row of `round_table`, the start included.
+    """
+    run = session.run
+    held_out = run.config.eval.prompts is not None
+    tell = after_round or (lambda row: None)
+    if held_out:
+        evaluate(session, None)
+    tell(round_row(run, None))
+    for number in range(rounds):
+        if not _sealed(read_manifest(run.part("checkpoints", number))):
+            rollout(session, number)
+            score(session, number)
+            weigh(run, number, session.report)
+            _make_room(session)
+            train(session, number)
+        if held_out:
+            evaluate(session, number)
+        tell(round_row(run, number))
+    return round_table(run)
+
+
+def round_table(run: Run) -> list[dict[str, Any]]:
+    """One row per finished round, the start first: accuracy, kept fraction, KL to the teacher, length, loss."""
+    return [round_row(run, None), *(round_row(run, n) for n in run.rounds() if _sealed(read_manifest(run.part("checkpoints", n))))]
+
+
+def round_row(run: Run, number: int | None) -> dict[str, Any]:
+    """What is known of a round from its sealed manifests; None where a stage is missing."""
+    if number is None:
+        return {"round": None, **_eval_numbers(read_manifest(run.part("evals", "start")))}
+    rollouts, scores, weights, checkpoint = (read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "weights", "checkpoints"))
+    return {
+        "round": number,
+        **_eval_numbers(read_manifest(run.part("evals", number))),
+        "reward": _stat(rollouts, "mean_reward"),
+        "length": _stat(rollouts, "mean_length"),
+        "truncated": _stat(rollouts, "truncated_fraction"),
+        "reverse_kl": _stat(scores, "reverse_kl"),
+        "kept": _stat(weights, "kept_fraction"),
+        "ess": _stat(weights, "effective_sample_share"),
+        "loss": _stat(checkpoint, "loss_last"),
+        "global_step": _stat(checkpoint, "global_step"),
+    }
+
+
+def _eval_numbers(manifest: Manifest | None) -> dict[str, Any]:
+    stats = manifest.stats if manifest else {}
+    return {k: v for k, v in stats.items() if k == "greedy" or "@" in k}
+
+
+def _stat(manifest: Manifest | None, name: str) -> Any:
+    return manifest.stats.get(name) if manifest else None
+
+
+def _sealed(manifest: Manifest | None) -> bool:
+    return manifest is not None and manifest.sealed
+
+
+def _make_room(session: Session) -> None:
+    """Training needs the accelerator to itself; in main memory the teacher may stay for the next round."""
+    from fire_data.models import resolve_device
+
+    if resolve_device(session.run.teacher().device).type != "cpu":
+        session.release()

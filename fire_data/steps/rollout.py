@@ -1,0 +1,125 @@
+"""`fire rollout`: the student answers the round's prompts, n samples each, one shard at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from fire_data import chat, verify
+from fire_data.engines import FakeGenerator, Generator
+from fire_data.prompts import as_messages, prompts_digest, read_prompts
+from fire_data.sampling import Sampling
+from fire_data.schedule import Slot, round_slots, trajectory_id
+from fire_data.schemas.errors import DataError
+from fire_data.schemas.manifest import Manifest, Receipt, Shard
+from fire_data.schemas.tables import FORMAT, IDS, conform
+from fire_data.session import Session
+from fire_data.shards import Part, read_shard
+from fire_data.stages import Stage, plan_shards, run_stage
+
+
+def rollout(session: Session, round: int) -> Manifest:
+    """Make, continue or confirm the rollouts of a round. Returns the sealed manifest."""
+    run, cfg = session.run, session.run.config
+    prompts = read_prompts(cfg.prompts.path, run.root, need_answer=cfg.rollout.verifier != "none")
+    pattern = verify.compile_pattern(cfg.verify.pattern)
+    slots = round_slots(prompts["prompt_id"].to_pylist(), cfg.seed, round, cfg.rollout.prompts_per_round)
+    rows = prompts.take([s.index for s in slots]).to_pylist()
+    ids = [_prompt_ids(session, row) for row in rows]
+    rows, ids, slots = _within_limit(session, rows, ids, slots)
+    stage = Stage(
+        run.part("rollouts", round),
+        fields=_fields(session, round, prompts),
+        plan=plan_shards(len(rows), cfg.rollout.prompts_per_shard),
+        recorded={"prompts": cfg.prompts.path, "student": run.student(round).model, "skipped_prompts": len(ids) - len(rows)},
+    )
+
+    def make(shard: Shard) -> pa.Table:
+        samples = [(i, slots[i].repeat * cfg.rollout.n + j) for i in range(shard.start, shard.stop) for j in range(cfg.rollout.n)]
+        names = [trajectory_id(cfg.seed, round, rows[i]["prompt_id"], sample) for i, sample in samples]
+        requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
+        answers = make_generator(session, round).generate(requests, _sampling(session))
+        texts = session.tokenizer.batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
+        columns: dict[str, Any] = {
+            "round": [round] * len(samples),
+            "sample": [sample for _, sample in samples],
+            "response": [str(t) for t in texts],
+            **{k: [rows[i][k] for i, _ in samples] for k in ("prompt_id", "answer", "teacher", "extra")},
+            "messages": [as_messages(rows[i]) for i, _ in samples],
+        }
+        if cfg.rollout.verifier == "exact":
+            columns["reward"] = [verify.exact(t, a, pattern) for t, a in zip(texts, columns["answer"], strict=True)]
+        table = pa.table({**{k: requests[k] for k in requests.column_names}, **{k: answers[k] for k in answers.column_names}})
+        for name, values in columns.items():
+            table = table.append_column(name, pa.array(values))
+        return conform(table, "rollouts", f"{stage.part.label}, shard {shard.name}")
+
+    return run_stage(stage, make, lambda receipts: _stats(stage.part, receipts), session.report)
+
+
+def make_generator(session: Session, round: int) -> Generator:
+    """The configured generation engine with the round's student."""
+    cfg = session.run.config.rollout
+    if cfg.engine == "fake":
+        return FakeGenerator(session.vocabulary, session.stop_ids)
+    from fire_data.generate import TransformersGenerator
+
+    return TransformersGenerator(session.student(round), session.vocabulary, session.stop_ids, cfg.rows_in_flight)
+
+
+def _sampling(session: Session) -> Sampling:
+    cfg = session.run.config.rollout
+    return Sampling(session.run.config.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens)
+
+
+def _prompt_ids(session: Session, row: dict[str, Any]) -> list[int]:
+    cfg, root = session.run.config, session.run.root
+    return chat.render(session.tokenizer, cfg.student, root, as_messages(row), cfg.rollout.raw)
+
+
+def _within_limit(
+    session: Session, rows: list[dict[str, Any]], ids: list[list[int]], slots: list[Slot]
+) -> tuple[list[dict[str, Any]], list[list[int]], list[Slot]]:
+    cfg = session.run.config
+    limit = cfg.rollout.max_prompt_tokens
+    long = [i for i, x in enumerate(ids) if len(x) > limit]
+    if long and cfg.rollout.long_prompts == "error":
+        i = long[0]
+        text = f"prompt {rows[i]['prompt_id']!r} has {len(ids[i])} tokens, the limit is {limit} ({len(long)} prompts are too long)"
+        fix = f"--set rollout.max_prompt_tokens={max(map(len, ids))}, or --set rollout.long_prompts=skip"
+        raise DataError(text, where=cfg.prompts.path, fix=fix)
+    if long:
+        session.report.warn(f"{len(long)} prompts are longer than {limit} tokens and are skipped")
+    good = [i for i in range(len(ids)) if len(ids[i]) <= limit]
+    if not good:
+        raise DataError(f"no prompt has at most {limit} tokens", where=cfg.prompts.path, fix="--set rollout.max_prompt_tokens=N")
+    return [rows[i] for i in good], [ids[i] for i in good], [slots[i] for i in good]
+
+
+def _fields(session: Session, round: int, prompts: pa.Table) -> dict[str, Any]:
+    cfg = session.run.config
+    return {
+        "format": FORMAT,
+        "seed": cfg.seed,
+        "rollout": cfg.rollout.results(),
+        "verify": cfg.verify.results() if cfg.rollout.verifier != "none" else None,
+        "prompts": prompts_digest(prompts),
+        "student": session.student_fields(round),
+        "template": session.template_fields(cfg.student),
+        "vocabulary": session.vocabulary_fields,
+    }
+
+
+def _stats(part: Part, receipts: list[Receipt]) -> dict[str, Any]:
+    tables = [read_shard(part, r, ["finish_reason", "reward"]) for r in receipts]
+    reasons = [x for t in tables for x in t["finish_reason"].to_pylist()]
+    rewards = [x for t in tables for x in t["reward"].to_pylist() if x is not None]
+    tokens = sum(r.tokens for r in receipts)
+    return {
+        "trajectories": len(reasons),
+        "tokens": tokens,
+        "mean_length": tokens / len(reasons) if reasons else None,
+        "truncated_fraction": reasons.count("length") / len(reasons) if reasons else None,
+        "mean_reward": verify.mean(rewards),
+    }

@@ -1,0 +1,215 @@
+"""`fire train`: execute the coefficients of a round in step order, then export the student for everyone else.
+
+The fp32 masters and Adam moments under `.fire/train/` carry training from round to round; the exported checkpoint is a
+rounded copy. A kill costs the steps since the last saved state and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fire_data import files, metrics
+from fire_data.run import Run
+from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
+from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.schemas.tables import FORMAT
+from fire_data.session import Session, verify_checkpoint
+from fire_data.shards import Part, sealed, versions
+from fire_data.stages import Stage, open_stage, seal
+
+if TYPE_CHECKING:
+    from fire_data.training import StepBatch
+
+
+def train(session: Session, round: int) -> Manifest:
+    """Train a round, or continue or confirm it. Returns the sealed manifest of its checkpoint."""
+    run, cfg = session.run, session.run.config.train
+    part = run.part("checkpoints", round)
+    scores, weights = _inputs(run, round)
+    stage = Stage(part, _fields(session, round, scores[1], weights[1]), (), {"weights": cfg.weights or weights[0].name})
+    files.remove_leftovers(part.tmp)
+    manifest = open_stage(stage)
+    if manifest.sealed:
+        verify_checkpoint(part, manifest)
+        return manifest
+    stats = _Training(session, round, manifest.fingerprint, scores, weights).finish()
+    receipts = _receipts(part, manifest.fingerprint)
+    return seal(part, manifest, receipts, stats, stage.recorded)
+
+
+def _inputs(run: Run, round: int) -> tuple[tuple[Part, Manifest], tuple[Part, Manifest]]:
+    scores_part, weights_part = run.part("scores", round), run.part("weights", round)
+    scores, weights = sealed(scores_part), sealed(weights_part)
+    if weights.fields["scores"] != scores.digest:
+        text = f"{weights_part.label} was made from other scores than those that are there now"
+        raise FingerprintError(text, where=str(weights_part.folder), fix=f"{weights_part.command} --redo")
+    return (scores_part, scores), (weights_part, weights)
+
+
+def _fields(session: Session, round: int, scores: Manifest, weights: Manifest) -> dict[str, Any]:
+    student = session.student_fields(round)
+    if scores.fields["student"] != student:
+        text = "student_logprob was scored with another student than the one to be trained"
+        raise FingerprintError(text, where=f"round {round}", fix=f"fire score {session.run.root} --round {round} --redo")
+    settings = session.run.config.train.results()
+    return {
+        "format": FORMAT,
+        "train": {k: v for k, v in settings.items() if k not in ("weights", "batch_size", "keep_states")},
+        "weights": session.run.config.trained_weights,
+        "inputs": {"scores": scores.digest, "weights": weights.digest},
+        "student": student,
+        "vocabulary": session.vocabulary_fields,
+    }
+
+
+class _Training:
+    """The steps of one round with the state they change."""
+
+    def __init__(
+        self, session: Session, round: int, fingerprint: str, scores: tuple[Part, Manifest], weights: tuple[Part, Manifest]
+    ) -> None:
+        from fire_data import models, optim
+
+        self.session, self.run, self.round, self.fingerprint = session, session.run, round, fingerprint
+        self.cfg = session.run.config.train
+        self.scores, self.weights = scores, weights
+        self.steps = len(weights[1].stats["steps"])
+        self.total = self.steps * self.cfg.epochs
+        self.states = self.run.root / ".fire" / "train"
+        start = self.run.config.student.model_copy(update={"device": self.cfg.device})
+        session.release("student")
+        self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
+        self.head = models.head_of(self.model)
+        self.optimizer = optim.make_optimizer(self.model, self.cfg)
+        self.global_step, self.done = self._restore()
+
+    def finish(self) -> dict[str, Any]:
+        """Do what is left of the round, save the state, export the checkpoint; the numbers for the manifest."""
+        log = self.run.root / "metrics.jsonl"
+        metrics.rewind(log, self.global_step, self.run.part("checkpoints", self.round).tmp)
+        report = self.session.report
+        report.start(f"train round-{self.round:03d}", self.total, "steps")
+        report.advance(self.done)
+        for batch in self._batches():
+            if self.done == 0:
+                self._check(batch)
+            self._step(batch, log)
+            report.advance(1)
+            if self.cfg.save_every and self.done % self.cfg.save_every == 0 and self.done < self.total:
+                self._save()
+        self._save()
+        self._export()
+        records = [r for r in metrics.read(log) if r.get("round") == self.round]
+        return {"global_step": self.global_step, "steps": self.total, **_summary(records)}
+
+    def _batches(self) -> Iterator[StepBatch]:
+        from fire_data.stream import step_batches
+
+        first = self.done % self.steps if self.done < self.total else self.steps
+        epochs = range(self.done // self.steps if self.steps else 0, self.cfg.epochs)
+        return itertools.chain.from_iterable(
+            step_batches(self.scores, self.weights, first if i == 0 else 0) for i, _ in enumerate(epochs)
+        )
+
+    def _step(self, batch: StepBatch, log: Path) -> None:
+        from fire_data.training import train_step
+
+        numbers = train_step(
+            self.model, self.head, self.optimizer, batch, self.cfg, self.session.vocabulary, self.global_step
+        )
+        place = {"global_step": self.global_step, "round": self.round, "epoch": self.done // self.steps, "step": batch.step}
+        metrics.append(log, place | numbers)
+        self.global_step += 1
+        self.done += 1
+
+    def _check(self, batch: StepBatch) -> None:
+        """Before the first step: the data must be about this very model (DESIGN: ratio check)."""
+        from fire_data.training import ratio_check, ratio_tolerance
+
+        exported = [self.cfg.export_dtype] if self.round else []
+        tolerance = ratio_tolerance(self.cfg, self.run.config.student.dtype, *exported)
+        found = ratio_check(self.model, self.head, batch, self.cfg, self.session.vocabulary, tolerance)
+        self.session.report.note(f"ratio check: mean |log r| {found['ratio_mean_abs']:.2g} nats, tolerance {tolerance:g}")
+
+    def _save(self) -> None:
+        from fire_data import trainstate
+
+        meta = {
+            "global_step": self.global_step,
+            "round": self.round,
+            "done": self.done,
+            "total": self.total,
+            "fingerprint": self.fingerprint,
+        }
+        trainstate.save_state(self.states / f"step-{self.global_step:08d}-round-{self.round:03d}", self.model, self.optimizer, meta)
+        if self.cfg.keep_states == "last":
+            trainstate.prune_states(self.states, keep=1)
+
+    def _restore(self) -> tuple[int, int]:
+        """(global step, steps of this round already done): from the newest state, or (0, 0) from the given student."""
+        from fire_data import trainstate
+
+        newest = trainstate.latest_state(self.states)
+        if newest is None:
+            if self.round == 0:
+                return 0, 0
+            raise self._no_start(f"there is no training state at the end of round {self.round - 1}")
+        meta = trainstate.load_state(newest, self.model, self.optimizer)
+        if meta["round"] == self.round and meta["fingerprint"] == self.fingerprint:
+            return meta["global_step"], meta["done"]
+        if meta["round"] == self.round - 1 and meta["done"] == meta["total"]:
+            return meta["global_step"], 0
+        raise self._no_start(f"the training state is of round {meta['round']}, step {meta['done']} of {meta['total']}")
+
+    def _no_start(self, what: str) -> IncompleteError:
+        fix = f"start over: fire train {self.run.root} --round 0 --redo (train.keep_states: all keeps every round's end)"
+        return IncompleteError(f"round {self.round} cannot start: {what}", where=str(self.states), fix=fix)
+
+    def _export(self) -> None:
+        from fire_data import trainstate
+
+        part = self.run.part("checkpoints", self.round)
+        files.set_aside([part.folder], part.orphans)
+        scratch = files.temporary(part.tmp, part.folder.name)
+        try:
+            trainstate.export_checkpoint(scratch, self.model, self.session.tokenizer, self.cfg.export_dtype)
+            files.publish_folder(scratch, part.folder)
+        finally:
+            files.remove(scratch)
+
+
+def _master_dtype(compute: str) -> str:
+    return "float64" if compute == "float64" else "float32"
+
+
+def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """First and last loss, and what was skipped, for the manifest."""
+    done = [r for r in records if not r["skipped"]]
+    if not done:
+        return {"skipped_steps": len(records)}
+    seconds = sum(r["seconds"] for r in records)
+    return {
+        "skipped_steps": len(records) - len(done),
+        "loss_first": done[0]["loss"],
+        "loss_last": done[-1]["loss"],
+        "grad_norm_last": done[-1]["grad_norm"],
+        "drift_kl_last": done[-1]["drift_kl"],
+        "tokens_per_second": sum(r["tokens"] for r in records) / seconds if seconds else None,
+    }
+
+
+def _receipts(part: Part, fingerprint: str) -> list[Receipt]:
+    """One receipt per file of the checkpoint."""
+    if not part.folder.is_dir():
+        raise DamagedError("the checkpoint vanished", where=str(part.folder), fix=part.command)
+    found = sorted(p for p in part.folder.iterdir() if p.is_file())
+    return [
+        Receipt(
+            shard=p.name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
+            fingerprint=fingerprint, versions=versions(),
+        )
+        for p in found
+    ]  # fmt: skip

@@ -1,0 +1,145 @@
+"""`fire weigh`: a rule over the sealed scores of a round, frozen as one coefficient per token. No model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from fire_data import weighing
+from fire_data.rules import Expression, make_rule
+from fire_data.run import Run
+from fire_data.schemas.manifest import Manifest, Receipt, Shard
+from fire_data.schemas.tables import FORMAT, arrow_schema, conform
+from fire_data.shards import Part, read_shard, sealed, verify_shard
+from fire_data.stages import Reporter, Silent, Stage, run_stage
+from fire_data.weighing import Weighing
+
+
+def configured(run: Run) -> Weighing:
+    """The rule of the configuration with its policies. Raises ConfigError before anything is read."""
+    cfg = run.config.weigh
+    return Weighing(
+        make_rule(cfg.rule, cfg.params, cfg.scope),
+        run.config.train.batch_size,
+        cfg.denominator,
+        cfg.constant,
+        cfg.truncated,
+        cfg.rollout_is_cap,
+        run.config.rollout.n,
+    )
+
+
+def weigh(run: Run, round: int, report: Reporter | None = None) -> Manifest:
+    """Make, continue or confirm the weights of a round. Returns the sealed manifest with what the rule did."""
+    report = report or Silent()
+    rule = configured(run)
+    source_part = run.part("scores", round)
+    source = sealed(source_part)
+    stage = Stage(run.part("weights", round, run.config.weights_name), _fields(rule, source), source.plan)
+    work = _Work(rule, source_part, source.shards)
+
+    def make(shard: Shard) -> pa.Table:
+        columns = [c for c in arrow_schema("weights").names if c in work.schema_names]
+        table = work.weighted(shard.name).select(columns).collect().to_arrow(compat_level=pl.CompatLevel.oldest())
+        return conform(table, "weights", f"{stage.part.label}, shard {shard.name}")
+
+    def finish(receipts: list[Receipt]) -> dict[str, Any]:
+        return _stats(work, stage.part, receipts)
+
+    manifest = run_stage(stage, make, finish, report)
+    if manifest.stats.get("n_dropped") == 0 and drops(rule):
+        report.warn(f"the filter of {run.config.weights_name} dropped nothing: it is inert at this scope and these data")
+    return manifest
+
+
+def drops(rule: Weighing) -> bool:
+    """True if the rule has a filter, so that dropping nothing is worth a warning."""
+    inner = rule.rule
+    if isinstance(inner, Expression):
+        return inner.keep is not None
+    return getattr(inner, "percentile", 0) > 0
+
+
+class _Work:
+    """The verified shards of a round's scores and what `fit` found in them, computed when first needed."""
+
+    def __init__(self, rule: Weighing, part: Part, receipts: Sequence[Receipt]) -> None:
+        self.rule, self.part, self.receipts = rule, part, receipts
+        self._fitted: weighing.Fitted | None = None
+        self._names: list[str] | None = None
+
+    @property
+    def fitted(self) -> weighing.Fitted:
+        if self._fitted is None:
+            lf = self._scan(range(len(self.receipts)))
+            for i in range(len(self.receipts)):
+                weighing.check_values(self._scan([i]), self.rule)
+            self._fitted = weighing.fit(lf, self.rule)
+        return self._fitted
+
+    @property
+    def schema_names(self) -> list[str]:
+        if self._names is None:
+            self._names = self.weighted(self.receipts[0].shard).collect_schema().names()
+        return self._names
+
+    def weighted(self, shard: str) -> pl.LazyFrame:
+        """The rows of one shard with the columns of the weights table, in the shard's order."""
+        at = [r.shard for r in self.receipts].index(shard)
+        first = sum(r.rows for r in self.receipts[:at])
+        span = self._span(at)
+        lf = weighing.apply(self._scan(span), self.rule, self.fitted)
+        if len(span) > 1:
+            lf = lf.filter(pl.col("_row").is_between(first, first + self.receipts[at].rows, closed="left"))
+        return lf
+
+    def _span(self, at: int) -> range:
+        """The shards `apply` must see together for shard `at`: those that share a step with it, if the rule says so."""
+        rows = [r.rows for r in self.receipts]
+        starts = [sum(rows[:i]) for i in range(len(rows) + 1)]
+        size = self.rule.batch_size
+        if self.rule.rule.reads == "shard":
+            return range(at, at + 1)
+        if self.rule.rule.reads == "round" or size is None:
+            return range(len(rows))
+        low, high = starts[at] // size * size, -(-starts[at + 1] // size) * size
+        touched = [i for i in range(len(rows)) if starts[i] < high and starts[i + 1] > low]
+        return range(touched[0], touched[-1] + 1)
+
+    def _scan(self, shards: Sequence[int]) -> pl.LazyFrame:
+        files = [verify_shard(self.part, self.receipts[i]) for i in shards]
+        first = sum(r.rows for r in self.receipts[: shards[0]])
+        return weighing.prepare(pl.scan_parquet(files), self.rule, first)
+
+
+def _fields(rule: Weighing, source: Manifest) -> dict[str, Any]:
+    parameters = {k: str(v) if isinstance(v, pl.Expr) else v for k, v in dataclasses.asdict(rule.rule).items()}
+    return {
+        "format": FORMAT,
+        "rule": {"name": rule.rule.name, **parameters},
+        "batch_size": rule.batch_size,
+        "denominator": rule.divisor,
+        "constant": rule.constant,
+        "truncated": rule.truncated,
+        "rollout_is_cap": rule.rollout_is_cap,
+        "n": rule.samples_per_group,
+        "scores": source.digest,
+    }
+
+
+def _stats(work: _Work, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
+    """What the rule did, summed shard by shard in shard order, with its statistics and the steps' denominators."""
+    parts = []
+    for receipt, source in zip(receipts, work.receipts, strict=True):
+        weights = pl.from_arrow(read_shard(part, receipt))
+        lengths = pl.from_arrow(read_shard(work.part, source, ["length"]))
+        assert isinstance(weights, pl.DataFrame)
+        assert isinstance(lengths, pl.DataFrame)
+        parts.append(weighing.summarise(weights.lazy().with_columns(lengths["length"])))
+    skipped = [s["step"] for s in work.fitted.steps if s["kept_tokens"] == 0]
+    steps = {"steps": work.fitted.steps, "skipped_steps": skipped}
+    return {**weighing.merge_summaries(parts), "rule": work.fitted.stats, **steps}

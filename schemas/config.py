@@ -1,0 +1,285 @@
+"""`fire.yaml` as frozen models: every number that changes a result has a name, a default and one line of why.
+
+Fields marked `perf` are recorded but do not enter a stage's fingerprint: they change speed or memory, not the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from .errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Scope = Literal["trajectory", "group", "step", "round"]
+Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
+Normalise = Literal["none", "trajectory", "step", "round"]
+
+
+def _field(default: Any, description: str, **kwargs: Any) -> Any:
+    return Field(default, description=description, **kwargs)
+
+
+def _perf(default: Any, description: str, **kwargs: Any) -> Any:
+    """A field that changes speed or memory but not the result."""
+    return Field(default, description=description, json_schema_extra={"perf": True}, **kwargs)
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def results(self) -> dict[str, Any]:
+        """The fields that change a result, JSON-ready: what a fingerprint is made of."""
+        fields = type(self).model_fields
+        perf = {k for k, f in fields.items() if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("perf")}
+        return self.model_dump(mode="json", exclude=perf)
+
+
+class ModelConfig(Section):
+    """A causal language model with its tokenizer."""
+
+    model: str = _field(..., "Hub id or local folder (Hugging Face format, safetensors)")
+    revision: str | None = _field(None, "Hub revision; a commit hash pins it")
+    dtype: Dtype = _field("float32", "weights and matmuls while generating and scoring; softmax is fp32 or better")
+    chat_template: str | None = _field(None, "file with a Jinja chat template, instead of the tokenizer's own")
+    chat_template_kwargs: dict[str, Any] = _field({}, "passed to the chat template, e.g. {enable_thinking: false}")
+    trust_remote_code: bool = _field(False, "run Python code from the model's repository; leave off unless you wrote it")
+    device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
+
+
+class PromptsConfig(Section):
+    """Where the prompts come from."""
+
+    path: str = _perf("prompts.jsonl", "JSONL or Parquet: file, or hf://datasets/user/name/file; relative to the run folder")
+
+
+class VerifyConfig(Section):
+    """How an answer is found in a response and compared (rollout.verifier: exact, and fire eval)."""
+
+    pattern: str | None = _field(None, "regular expression; the last match's first group is the answer; null: all text")
+
+
+class RolloutConfig(Section):
+    """How the student writes."""
+
+    engine: Literal["transformers", "fake"] = _field("transformers", "transformers (exact, CPU or GPU) or fake (dry runs)")
+    n: int = _field(4, "samples per prompt", ge=1)
+    prompts_per_round: int | None = _field(None, "prompts per round; null: all of them", ge=1)
+    prompts_per_shard: int = _field(64, "prompts per Parquet shard: the unit of work and of loss by a kill", ge=1)
+    raw: bool = _field(False, "true: the prompt text as it is, no chat template (base models)")
+    max_prompt_tokens: int = _field(2048, "longer prompts are an error, or skipped", ge=1)
+    long_prompts: Literal["error", "skip"] = _field("error", "what to do with prompts over max_prompt_tokens")
+    max_new_tokens: int = _field(1024, "longest response; reaching it gives finish_reason 'length'", ge=1)
+    temperature: float = _field(1.0, "sampling temperature; OPD assumes 1", gt=0)
+    top_p: float = _field(1.0, "nucleus sampling; OPD assumes 1 (off)", gt=0, le=1)
+    top_k: int = _field(0, "top-k sampling; OPD assumes 0 (off)", ge=0)
+    verifier: Literal["none", "exact"] = _field("none", "exact: reward 1 if the extracted answer equals `answer`, else 0")
+    rows_in_flight: int = _perf(64, "sequences generated together", ge=1)
+
+
+class ScoreConfig(Section):
+    """How both models are evaluated on the student's tokens."""
+
+    engine: Literal["transformers", "fake"] = _field("transformers", "transformers (exact) or fake (dry runs)")
+    teacher_prompt: Literal["shared", "own"] = _field(
+        "shared", "shared: the teacher sees the student's prompt ids; own: the messages under its own chat template"
+    )
+    logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
+    tokens_per_batch: int = _perf(8192, "padded tokens per forward pass", ge=1)
+
+
+class WeighConfig(Section):
+    """Which rule turns scores into one coefficient per token."""
+
+    rule: str | dict[str, str] = _field("fire", "a name from `fire rules`, or {keep:, weight:, advantage:} as SQL expressions")
+    name: str | None = _field(None, "folder under weights/; null: the rule's name")
+    params: dict[str, Any] = _field({}, "the rule's parameters, e.g. {percentile: 20, alpha: 1.0}")
+    scope: Scope | None = _field(None, "scope of every statistic: trajectory, group, step, round; null: the rule's own")
+    denominator: Denominator | None = _field(None, "mean over: tokens, all_tokens, sequences, constant; null: the rule's own")
+    constant: float | None = _field(None, "the denominator when denominator is constant", gt=0)
+    truncated: Literal["keep", "drop"] = _field("keep", "trajectories cut by max_new_tokens (finish_reason 'length')")
+    rollout_is_cap: float | None = _field(None, "cap of exp(student_logprob - rollout_logprob) as a factor; null: off", gt=0)
+
+
+class TrainConfig(Section):
+    """How the coefficients are executed."""
+
+    weights: str | None = _field(None, "folder under weights/ to train on; null: weigh.name or the rule")
+    batch_size: int | None = _field(64, "trajectories per optimizer step; null: the whole round (the paper's setting)", ge=1)
+    epochs: int = _field(1, "passes over the round's steps", ge=1)
+    lr: float = _field(1e-6, "AdamW learning rate after warm-up", gt=0)
+    betas: tuple[float, float] = _field((0.9, 0.999), "AdamW betas")
+    eps: float = _field(1e-8, "AdamW epsilon", gt=0)
+    weight_decay: float = _field(0.0, "AdamW weight decay", ge=0)
+    warmup_steps: int = _field(0, "linear warm-up over global steps", ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = _field("constant", "after warm-up; decay needs total_steps")
+    total_steps: int | None = _field(None, "global step at which a decaying schedule reaches 0", ge=1)
+    max_grad_norm: float = _field(1.0, "gradient norm clipping; 0: off", ge=0)
+    clip: float = _field(0.2, "PPO clip range of the probability ratio", gt=0)
+    dual_clip: float | None = _field(None, "lower bound of the surrogate for negative advantages; null: off", gt=1)
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = _field("float32", "forward and backward; master weights stay fp32")
+    export_dtype: Literal["float32", "bfloat16", "float16", "float64"] = _field("bfloat16", "dtype of checkpoints/")
+    ratio_tolerance: float | None = _field(None, "largest mean |log ratio| before a round's first step; null: by dtype", gt=0)
+    keep_states: Literal["last", "all"] = _field("last", "optimizer states to keep under .fire/train")
+    save_every: int = _perf(0, "also save the training state every so many steps; 0: at the end of a round", ge=0)
+    tokens_per_microbatch: int = _perf(8192, "padded tokens per forward and backward pass", ge=1)
+    logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
+    gradient_checkpointing: bool = _perf(False, "recompute activations in the backward pass: less memory, more time")
+    device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    @model_validator(mode="after")
+    def _decay_needs_an_end(self) -> TrainConfig:
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(f"schedule {self.schedule} needs total_steps")
+        return self
+
+
+class EvalConfig(Section):
+    """Accuracy on held-out prompts with `answer`."""
+
+    prompts: str | None = _perf(None, "held-out prompts, as prompts.path; null: no evaluation in `fire run`")
+    limit: int | None = _field(None, "the first so many prompts; null: all", ge=1)
+    greedy: bool = _field(True, "one greedy answer per prompt")
+    n: int = _field(4, "sampled answers per prompt; 0: none", ge=0)
+    k: tuple[int, ...] = _field((1,), "k of pass@k, each at most n")
+    temperature: float = _field(1.0, "sampling temperature", gt=0)
+    max_new_tokens: int | None = _field(None, "longest answer; null: rollout.max_new_tokens", ge=1)
+
+
+class Config(Section):
+    """The whole of `fire.yaml`."""
+
+    seed: int = _field(0, "everything random is a function of this", ge=0)
+    threads: int | None = _perf(None, "CPU threads; bytes repeat only for an equal number; null: torch's default", ge=1)
+    student: ModelConfig
+    teacher: ModelConfig | None = None
+    prompts: PromptsConfig = PromptsConfig()
+    verify: VerifyConfig = VerifyConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    score: ScoreConfig = ScoreConfig()
+    weigh: WeighConfig = WeighConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @field_validator("eval")
+    @classmethod
+    def _k_within_n(cls, value: EvalConfig) -> EvalConfig:
+        if value.n and any(k < 1 or k > value.n for k in value.k):
+            raise ValueError(f"eval.k {list(value.k)} must lie between 1 and eval.n = {value.n}")
+        return value
+
+    @property
+    def weights_name(self) -> str:
+        """The folder under `weights/` that `weigh` writes."""
+        rule = self.weigh.rule
+        return self.weigh.name or (rule if isinstance(rule, str) else "expression")
+
+    @property
+    def trained_weights(self) -> str:
+        """The folder under `weights/` that `train` executes: the lineage of the run."""
+        return self.train.weights or self.weights_name
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read `fire.yaml`, apply `a.b=c` overrides, validate. Raises ConfigError naming the key and the nearest match."""
+    where = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError("there is no fire.yaml", where=where, fix=f"fire init {path.parent}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"fire.yaml cannot be read: {error}", where=where) from None
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"fire.yaml is not valid YAML: {error}", where=where) from None
+    if not isinstance(values, dict):
+        raise ConfigError("fire.yaml must hold keys and values", where=where, fix=f"fire init {path.parent}")
+    for override in overrides:
+        _override(values, override)
+    return parse_config(values, where)
+
+
+def parse_config(values: dict[str, Any], where: str) -> Config:
+    """Validate plain values. Raises ConfigError listing every wrong key."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise ConfigError("; ".join(lines), where=where, fix="edit fire.yaml, or use --set key=value") from None
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, not {override!r}", fix="--set train.lr=1e-5")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the value of --set {override!r} is not valid YAML: {error}") from None
+    node = values
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {key}: {part} is not a section")
+    node[last] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    path = [str(p) for p in error["loc"]]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    if error["type"] == "missing":
+        return f"{key!r} is missing"
+    return f"{key!r}: {error['msg']}" + ("" if isinstance(error["input"], dict) else f", not {error['input']!r}")
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            for candidate in (annotation, *getattr(annotation, "__args__", ())):
+                if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                    model = candidate
+    return list(model.model_fields)
+
+
+def render_config(values: dict[str, Any]) -> str:
+    """The commented text of a new `fire.yaml`: every field with its description, `values` over the defaults."""
+    lines = ["# Settings of this run. `fire rollout|score|weigh|train|run` read it; --set key=value wins.", ""]
+    for name, field in Config.model_fields.items():
+        given = values.get(name)
+        section = _section_of(field.annotation)
+        if section is None:
+            lines.append(_line(name, field.default if given is None else given, field.description, ""))
+            continue
+        lines += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:"]
+        for key, sub in section.model_fields.items():
+            default = None if sub.is_required() else sub.default
+            lines.append(_line(key, (given or {}).get(key, default), sub.description, "  "))
+    return "\n".join(lines) + "\n"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _line(key: str, value: Any, description: str | None, indent: str) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
+    return f"{indent}{key}: {text}" + (f"  # {description}" if description else "")

@@ -1,0 +1,87 @@
+"""Receipts (one finished shard) and manifests (one stage of one round: its plan, fingerprint and, once sealed, its shards).
+
+A file that no receipt names does not exist; a stage that is not sealed is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .tables import FORMAT
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Receipt(_Record):
+    """Proof that one shard is complete: created once, never changed."""
+
+    shard: str
+    sha256: str
+    bytes: int
+    rows: int
+    tokens: int
+    fingerprint: str
+    versions: dict[str, str] = {}
+    seconds: float = 0.0
+
+
+class Shard(_Record):
+    """One planned shard: its name and the half-open range of the round's units it covers."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Manifest(_Record):
+    """A stage of one round. `fields` are what the fingerprint is made of, kept so that a difference can be named."""
+
+    format: int = FORMAT
+    stage: str
+    name: str | None = None
+    round: int
+    state: Literal["open", "sealed"] = "open"
+    fingerprint: str
+    fields: dict[str, Any]
+    plan: tuple[Shard, ...]
+    shards: tuple[Receipt, ...] = ()
+    stats: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
+
+    @property
+    def sealed(self) -> bool:
+        return self.state == "sealed"
+
+    @property
+    def digest(self) -> str:
+        """Identifies the stage's content: what a later stage's fingerprint names as its input."""
+        return digest([[r.shard, r.sha256] for r in self.shards])
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no blanks: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 (hex) of the canonical JSON of `value`."""
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """The dotted names, with both values, at which two nested dictionaries differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if canonical(old) == canonical(new) else [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = canonical(value)
+    return text if len(text) <= 40 else text[:37] + "..."

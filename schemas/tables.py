@@ -1,0 +1,209 @@
+"""The tables as pyarrow schemas with units in field metadata, and `conform()`, which names the row and column at fault.
+
+One row per trajectory. Token columns are lists with one element per token of `response_ids`; logprobs and entropies
+are in nats, over the full real vocabulary. `FORMAT` is written into every file; newer code reads older formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .errors import DataError
+
+FORMAT = 1
+
+_TEXT, _I32, _F32, _F64, _BOOL = pa.string(), pa.int32(), pa.float32(), pa.float64(), pa.bool_()
+MESSAGES = pa.list_(pa.struct([pa.field("role", _TEXT), pa.field("content", _TEXT)]))
+IDS = pa.list_(pa.int32())
+FLOATS = pa.list_(pa.float32())
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its Arrow type, unit, shape and meaning. `per` is 'row', 'token' (of the response) or 'prompt'."""
+
+    name: str
+    type: pa.DataType
+    meaning: str
+    unit: str = ""
+    per: str = "row"
+    nullable: bool = False
+    optional: bool = False
+
+    def field(self) -> pa.Field:
+        shape = {"row": "one per trajectory", "token": "one per response token", "prompt": "one per prompt token"}[self.per]
+        metadata = {"meaning": self.meaning, "unit": self.unit, "shape": shape}
+        return pa.field(self.name, self.type, nullable=self.nullable, metadata=metadata)
+
+
+def _row(name: str, type_: pa.DataType, meaning: str, unit: str = "", **kwargs: bool) -> Column:
+    return Column(name, type_, meaning, unit, "row", **kwargs)
+
+
+def _token(name: str, meaning: str, unit: str = "nats", type_: pa.DataType = FLOATS, **kwargs: bool) -> Column:
+    return Column(name, type_, meaning, unit, "token", **kwargs)
+
+
+PROMPTS = (
+    _row("prompt_id", _TEXT, "explicit, or a hash of messages and teacher"),
+    _row("messages", MESSAGES, "the conversation the student answers", nullable=True),
+    _row("prompt", _TEXT, "plain text instead of messages", nullable=True),
+    _row("answer", _TEXT, "what a verifier compares with", nullable=True),
+    _row("teacher", _TEXT, "route to a teacher", nullable=True),
+    _row("extra", _TEXT, "all other fields as JSON", nullable=True),
+)
+
+ROLLOUTS = (
+    _row("trajectory_id", _TEXT, "hash of seed, round, prompt_id and sample"),
+    _row("prompt_id", _TEXT, "prompt of this trajectory"),
+    _row("round", _I32, "refresh round", "count from 0"),
+    _row("sample", _I32, "sample of the prompt within the round", "count from 0"),
+    _row("messages", MESSAGES, "the conversation the student answers", nullable=True),
+    Column("prompt_ids", IDS, "the student's prompt", "token id", "prompt"),
+    _row("response", _TEXT, "decoded response without special tokens"),
+    _token("response_ids", "the response as sampled, end token included", "token id", IDS),
+    _row("finish_reason", _TEXT, "stop: the student ended it; length: cut by max_new_tokens"),
+    _token("rollout_logprob", "logprob under the distribution sampled from (after temperature, top-p, top-k)"),
+    _row("answer", _TEXT, "what a verifier compares with", nullable=True),
+    _row("teacher", _TEXT, "route to a teacher", nullable=True),
+    _row("reward", _F32, "verifier outcome", "0 to 1", nullable=True),
+    _row("extra", _TEXT, "other prompt fields as JSON", nullable=True),
+)
+
+SIGNALS = (
+    _token("student_logprob", "log p_S of the sampled token"),
+    _token("student_entropy", "entropy of p_S"),
+    _token("teacher_logprob", "log p_T of the sampled token"),
+    _token("teacher_entropy", "entropy of p_T"),
+    _token("reverse_kl", "KL(p_S || p_T)"),
+    _token("forward_kl", "KL(p_T || p_S)"),
+    _token("student_max_logprob", "largest log p_S"),
+    _token("teacher_max_logprob", "largest log p_T"),
+    _token("student_top1_id", "the student's most likely token", "token id", IDS),
+    _token("teacher_top1_id", "the teacher's most likely token", "token id", IDS),
+    _token("student_rank", "rank of the sampled token under the student", "1 + tokens strictly more likely", IDS),
+    _token("teacher_rank", "rank of the sampled token under the teacher", "1 + tokens strictly more likely", IDS),
+    _token("teacher_rank_of_student_top1", "rank of the student's top-1 under the teacher", "1 + tokens strictly more likely", IDS),
+)
+
+FLOAT_SIGNALS = tuple(c.name for c in SIGNALS if c.type == FLOATS)
+
+SUMMARIES = (
+    _row("length", _I32, "response tokens", "tokens"),
+    *(_row(f"{name}_sum", _F64, f"sum of {name} over the response", "nats") for name in FLOAT_SIGNALS),
+    *(_row(f"{name}_max", _F64, f"maximum of {name} over the response", "nats", nullable=True) for name in FLOAT_SIGNALS),
+    _row("entropy_product_sum", _F64, "sum of teacher_entropy * student_entropy", "nats squared"),
+)
+
+SCORES = (
+    *ROLLOUTS,
+    *SIGNALS,
+    Column("teacher_prompt_ids", IDS, "the teacher's prompt when it differs", "token id", "prompt", nullable=True),
+    *SUMMARIES,
+)
+
+WEIGHTS = (
+    _row("trajectory_id", _TEXT, "the row of scores this belongs to"),
+    _row("step", _I32, "optimizer step within the round", "count from 0"),
+    _row("keep", _BOOL, "false: dropped by the filter"),
+    _row("drop_reason", _TEXT, "why it was dropped", nullable=True),
+    _token("weight", "token weight, normalised as the rule says", "factor"),
+    _token("advantage", "what the token is rewarded with before weighting"),
+    _token("coefficient", "what the trainer executes: weight, advantage, masks and denominator", "nats / denominator"),
+    _token("token_keep", "false: token masked by the rule", "", pa.list_(_BOOL), optional=True),
+    _token("rollout_is", "min(exp(student_logprob - rollout_logprob), cap)", "factor", optional=True),
+)
+
+EVALS = (
+    _row("prompt_id", _TEXT, "held-out prompt"),
+    _row("mode", _TEXT, "greedy or sampled"),
+    _row("sample", _I32, "sample of the prompt", "count from 0"),
+    _row("response", _TEXT, "decoded response"),
+    _row("extracted", _TEXT, "the answer found in it", nullable=True),
+    _row("answer", _TEXT, "the right answer"),
+    _row("reward", _F32, "1 if equal", "0 or 1"),
+    _row("length", _I32, "response tokens", "tokens"),
+    _row("finish_reason", _TEXT, "stop or length"),
+)
+
+TABLES: dict[str, tuple[Column, ...]] = {
+    "prompts": PROMPTS,
+    "rollouts": ROLLOUTS,
+    "scores": SCORES,
+    "weights": WEIGHTS,
+    "evals": EVALS,
+}
+
+
+def arrow_schema(table: str) -> pa.Schema:
+    """The Arrow schema of a table, optional columns included, with unit and shape in the field metadata."""
+    return pa.schema([c.field() for c in TABLES[table]], metadata={"fire.table": table, "fire.format": str(FORMAT)})
+
+
+def conform(data: pa.Table, table: str, where: str) -> pa.Table:
+    """Return `data` with exactly the columns, order and types of `table`, or raise DataError naming row and column.
+
+    Checked: required columns, types, nulls, token columns as long as `response_ids` (or as `weight`, which stands
+    for it in the weights table), and floats that are not finite.
+    """
+    columns = [c for c in TABLES[table] if c.name in data.column_names or not c.optional]
+    missing = [c.name for c in columns if c.name not in data.column_names and not c.nullable]
+    if missing:
+        raise DataError(f"column {missing[0]!r} is missing; there are: {', '.join(data.column_names)}", where=where)
+    arrays = [_column(data, c, where) for c in columns]
+    schema = pa.schema([c.field() for c in columns], metadata={"fire.table": table, "fire.format": str(FORMAT)})
+    result = pa.Table.from_arrays(arrays, schema=schema)
+    _check_lengths(result, columns, where)
+    return result
+
+
+def _column(data: pa.Table, column: Column, where: str) -> pa.ChunkedArray:
+    if column.name not in data.column_names:
+        return pa.chunked_array([pa.nulls(data.num_rows, column.type)])
+    array = data[column.name]
+    if array.type != column.type:
+        try:
+            array = array.cast(column.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            text = f"column {column.name!r} is {array.type}, not {column.type}: {error}"
+            raise DataError(text, where=where) from None
+    if array.null_count and not column.nullable:
+        row = pc.index(pc.is_null(array), True).as_py()
+        raise DataError(f"column {column.name!r} has no value", where=f"{where}, row {row}")
+    if column.per != "row":
+        _check_values(array, column, where)
+    return array
+
+
+def _check_values(array: pa.ChunkedArray, column: Column, where: str) -> None:
+    """No null and no NaN or infinity inside a list column."""
+    flat = pc.list_flatten(array)
+    bad = pc.is_null(flat)
+    if pa.types.is_floating(flat.type):
+        bad = pc.or_(bad, pc.fill_null(pc.invert(pc.is_finite(flat)), True))
+    if pc.any(bad).as_py():
+        at = pc.index(bad, True).as_py()
+        row = pc.list_parent_indices(array)[at].as_py()
+        start = sum(len(x) for x in array.slice(0, row).to_pylist() if x is not None)
+        text = f"column {column.name!r} holds {flat[at].as_py()} at token {at - start}"
+        raise DataError(text, where=f"{where}, row {row}")
+
+
+def _check_lengths(data: pa.Table, columns: list[Column], where: str) -> None:
+    per_token = [c.name for c in columns if c.per == "token"]
+    if not per_token:
+        return
+    leader = "response_ids" if "response_ids" in per_token else per_token[0]
+    expected = pc.list_value_length(data[leader])
+    for name in per_token:
+        differs = pc.not_equal(pc.list_value_length(data[name]), expected)
+        if pc.any(differs).as_py():
+            row = pc.index(differs, True).as_py()
+            have, want = pc.list_value_length(data[name])[row].as_py(), expected[row].as_py()
+            text = f"column {name!r} has {have} elements where {leader!r} has {want}"
+            raise DataError(text, where=f"{where}, row {row}")
+
+

@@ -57,11 +57,14 @@ def init(
     held_out: Annotated[str | None, typer.Option(help="prompts with answers for evaluation")] = None,
     rule: Annotated[str | None, typer.Option(help="a name from `fire rules`")] = None,
     raw: Annotated[bool | None, typer.Option("--raw", help="no chat template (base models)")] = None,
-    source: Annotated[Path | None, typer.Option("--from", help="another run: reuse its round-0 rollouts and scores")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", help="another run: reuse its round-0 rollouts and scores")
+    ] = None,
 ) -> None:
     """Write a commented fire.yaml into a new run directory."""
-    from fire_data.create import fork_run, init_run
     from fire_data.schemas.errors import ConfigError
+
+    from fire_data.create import fork_run, init_run
 
     given: dict[str, dict[str, Any]] = {
         "student": {"model": student}, "teacher": {"model": teacher}, "prompts": {"path": prompts},
@@ -74,7 +77,9 @@ def init(
             values["train"] = {"weights": None}
         fork_run(_open(source), run, values)
     elif student is None:
-        raise ConfigError("a run needs a student", fix=f"fire init {run} --student FOLDER --teacher FOLDER --prompts FILE")
+        raise ConfigError(
+            "a run needs a student", fix=f"fire init {run} --student FOLDER --teacher FOLDER --prompts FILE"
+        )
     else:
         init_run(run, values)
     typer.echo(str(run / "fire.yaml"))
@@ -119,7 +124,9 @@ def weigh(
     run: RunArg,
     rule: Annotated[str | None, typer.Option(help="a name from `fire rules`, or 'weight = ...; keep = ...'")] = None,
     name: Annotated[str | None, typer.Option(help="folder under weights/; default: the rule's name")] = None,
-    param: Annotated[list[str] | None, typer.Option("--param", "-p", metavar="KEY=VALUE", help="a parameter of the rule")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", "-p", metavar="KEY=VALUE", help="a parameter of the rule")
+    ] = None,
     scope: Annotated[str | None, typer.Option(help="trajectory, group, step or round, for every statistic")] = None,
     denominator: Annotated[str | None, typer.Option(help="tokens, all_tokens, sequences or constant")] = None,
     round: Round = None,
@@ -183,7 +190,9 @@ def run_rounds(
 @guarded
 def evaluate(
     run: RunArg,
-    round: Annotated[int | None, typer.Option("--round", min=0, help="the student after this round; default: the last")] = None,
+    round: Annotated[
+        int | None, typer.Option("--round", min=0, help="the student after this round; default: the last")
+    ] = None,
     start: Annotated[bool, typer.Option("--start", help="the student before training")] = False,
     overrides: Set = None,
     as_json: Json = False,
@@ -234,7 +243,9 @@ def check(run: RunArg, as_json: Json = False) -> None:
 @guarded
 def inspect(
     run: RunArg,
-    which: Annotated[str, typer.Argument(metavar="TRAJECTORY", help="row number or beginning of a trajectory_id")] = "0",
+    which: Annotated[
+        str, typer.Argument(metavar="TRAJECTORY", help="row number or beginning of a trajectory_id")
+    ] = "0",
     round: Annotated[int | None, typer.Option("--round", min=0, help="default: the last with rollouts")] = None,
     name: Annotated[str | None, typer.Option(help="folder under weights/")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="the columns of every table with units")] = False,
@@ -295,7 +306,10 @@ def demo(
     else:
         show(result.table, False, title=f"student of {folder}")
         say(f"learning curve: {result.page}")
-        say(f"the demo took {result.seconds:.0f} s in all: " + ", ".join(f"{k} {v:.0f} s" for k, v in result.timing.items()))
+        say(
+            f"the demo took {result.seconds:.0f} s in all: "
+            + ", ".join(f"{k} {v:.0f} s" for k, v in result.timing.items())
+        )
     hint(f"fire inspect {result.run}")
 
 

@@ -9,15 +9,20 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import typer
-
 from fire_data.schemas.errors import FireError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _HINTS = {
-    "MemoryError": ("out of memory", "smaller score.tokens_per_batch, train.tokens_per_microbatch or rollout.rows_in_flight"),
-    "OutOfMemoryError": ("out of GPU memory", "smaller score.tokens_per_batch, train.tokens_per_microbatch or rollout.rows_in_flight"),
+    "MemoryError": (
+        "out of memory",
+        "smaller score.tokens_per_batch, train.tokens_per_microbatch or rollout.rows_in_flight",
+    ),
+    "OutOfMemoryError": (
+        "out of GPU memory",
+        "smaller score.tokens_per_batch, train.tokens_per_microbatch or rollout.rows_in_flight",
+    ),
     "ModuleNotFoundError": ("a package is not installed", "pip install 'fire-opd[torch,report]'"),
     "PermissionError": ("no permission", "check the owner of the run folder"),
 }
@@ -45,7 +50,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(error.exit_code) from None
         except Exception as error:  # noqa: BLE001 - the outermost layer: whatever it is, no traceback and exit 1
             _debug(error)
-            what, fix = _HINTS.get(type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it"))
+            what, fix = _HINTS.get(
+                type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it")
+            )
             say(f"error: {what}: {type(error).__name__}: {first_line(error)}\n  fix:   {fix}")
             raise typer.Exit(1) from None
 

@@ -12,9 +12,38 @@ if TYPE_CHECKING:
     from fire_data.run import Run
     from fire_data.tokenview import Piece
 
-_NUMBERS = ("weight", "coefficient", "advantage", "student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
-_FACTS = ("trajectory_id", "prompt_id", "round", "sample", "step", "finish_reason", "answer", "reward", "keep", "drop_reason", "length")
-_SHADES = ("on grey11", "on grey23", "on grey35", "on dark_green", "on green4", "on yellow4", "on dark_orange3", "on red3")
+_NUMBERS = (
+    "weight",
+    "coefficient",
+    "advantage",
+    "student_logprob",
+    "teacher_logprob",
+    "student_entropy",
+    "teacher_entropy",
+)
+_FACTS = (
+    "trajectory_id",
+    "prompt_id",
+    "round",
+    "sample",
+    "step",
+    "finish_reason",
+    "answer",
+    "reward",
+    "keep",
+    "drop_reason",
+    "length",
+)
+_SHADES = (
+    "on grey11",
+    "on grey23",
+    "on grey35",
+    "on dark_green",
+    "on green4",
+    "on yellow4",
+    "on dark_orange3",
+    "on red3",
+)
 
 
 def show_schema(as_json: bool) -> None:
@@ -44,7 +73,12 @@ def show_trajectory(run: Run, round: int, which: str, name: str | None, as_json:
     _coloured(found, row)
     columns = [c for c in _NUMBERS if c in row]
     rows = [
-        {"position": p.start, "token": _visible(p.text), "id": row["response_ids"][p.start], **{c: row[c][p.start] for c in columns}}
+        {
+            "position": p.start,
+            "token": _visible(p.text),
+            "id": row["response_ids"][p.start],
+            **{c: row[c][p.start] for c in columns},
+        }
         for p in found
     ]
     show(rows, False)
@@ -65,8 +99,8 @@ def _coloured(found: list[Piece], row: dict[str, Any]) -> None:
     console = Console()
     console.print(line, soft_wrap=True)
     legend = Text(f"weight {low:.3g} ")
-    for shade in _SHADES:
-        legend.append("  ", style=shade)
+    for style in _SHADES:
+        legend.append("  ", style=style)
     console.print(legend.append(f" {high:.3g}"))
 
 

@@ -21,7 +21,12 @@ class Terminal(AbstractContextManager["Terminal"]):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console = Console(stderr=True)
-        columns = (TextColumn("{task.description:<28}"), BarColumn(24), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+        )
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
         self.task: Any = None
 
@@ -44,7 +49,9 @@ class Terminal(AbstractContextManager["Terminal"]):
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
 
 

@@ -1,4 +1,4 @@
-"""Bytes on disk: write beside, fsync, publish without overwriting, then a create-only receipt. Nothing torn is ever seen.
+"""Bytes on disk: write beside, fsync, publish without overwriting: nothing torn is ever seen.
 
 Every writer goes through this module, so there is one place to inject faults and one place that turns an
 operating-system error into words.
@@ -33,7 +33,10 @@ def storage_errors(where: Path | str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, fix = "the disk is full", "free some space, then the same command again continues"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            what, fix = f"no permission to write: {error.strerror}", "make the run folder writable, then the same command again"
+            what, fix = (
+                f"no permission to write: {error.strerror}",
+                "make the run folder writable, then the same command again",
+            )
         else:
             what, fix = f"the file system failed: {error.strerror or error}", "the same command again continues"
         raise StorageError(what, where=str(error.filename or where), fix=fix) from error
@@ -132,7 +135,7 @@ def create_json(path: Path, value: Any, tmp: Path) -> bool:
 
 
 def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path, what: str, fix: str | None = None) -> Any:

@@ -57,11 +57,11 @@ class _Rows:
 
     cache: DynamicCache
     width: int
+    last_B: Tensor
     pad_B: np.ndarray
     request_B: np.ndarray
     slot_B: np.ndarray
     count_B: np.ndarray
-    last_B: Tensor
     pad_B1: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class _Buffers:
         return cls(np.empty(shape), np.empty(shape, dtype=np.int32), np.empty(shape), free)
 
 
-class RoomyLayer(DynamicLayer):
+class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values as the window [:rows, :, start:end] of a larger room, which changes in place.
 
     A step writes one column, a leaving row is overwritten by the last one, newcomers are written below; the plain
@@ -191,7 +191,7 @@ class TransformersGenerator:
         """As `generate`, on arrays, with logprobs as precise as the model's logits."""
         self._check(trajectory_ids, prompts, sampling.max_new_tokens)
         was_training = self.model.training
-        self.model.eval()
+        self.model.train(False)
         try:
             with torch.inference_mode():
                 run = _Run(self, trajectory_ids, prompts, sampling, progress or (lambda _finished: None))
@@ -305,7 +305,7 @@ class _Run:
             name = self.trajectory_ids[request]
             self.buffers.noise[slot] = uniforms(self.sampling.seed, name, self.sampling.max_new_tokens)
         none_yet = torch.zeros(len(requests), dtype=torch.int64, device=self.device)
-        rows = _Rows(cache, width, pads[prompt_B], np.array(requests), slots, np.zeros_like(slots), none_yet)
+        rows = _Rows(cache, width, none_yet, pads[prompt_B], np.array(requests), slots, np.zeros_like(slots))
         return rows, logits_BV
 
     def _decode(self, rows: _Rows) -> Tensor:
@@ -333,7 +333,7 @@ class _Run:
         if not finished_B.any():
             return rows
         for row in np.flatnonzero(finished_B):
-            self._file(rows, row, "stop" if stopped_B[row] else "length")
+            self._file(rows, int(row), "stop" if stopped_B[row] else "length")
         self.progress(int(finished_B.sum()))
         return None if finished_B.all() else self._keep(rows, np.flatnonzero(~finished_B))
 
@@ -358,22 +358,23 @@ class _Run:
         else:
             _take(rows.cache, index_B)
         host = (rows.request_B[keep_B], rows.slot_B[keep_B], rows.count_B[keep_B])
-        return _Rows(rows.cache, rows.width - crop, pad_B - crop, *host, last_B=rows.last_B[index_B])
+        return _Rows(rows.cache, rows.width - crop, rows.last_B[index_B], pad_B - crop, *host)
 
     def _join(self, rows: _Rows | None, fresh: _Rows) -> _Rows:
         if not self.mergeable:
             return fresh
         if rows is None:
             cache = self._new_cache()
-            cache.layers = [RoomyLayer() for _ in cache.layers]
-            rows = _Rows(cache, 0, *(fresh.pad_B[:0] for _ in range(4)), last_B=fresh.last_B[:0])
-        for layer, other in zip(_roomy(rows.cache), fresh.cache.layers, strict=True):
+            cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
+            rows = _Rows(cache, 0, fresh.last_B[:0], *(fresh.pad_B[:0] for _ in range(4)))
+        fresh_layers: list[Any] = fresh.cache.layers
+        for layer, other in zip(_roomy(rows.cache), fresh_layers, strict=True):
             layer.absorb(other.keys, other.values)
         width = max(rows.width, fresh.width)
         pad_B = np.concatenate([rows.pad_B + width - rows.width, fresh.pad_B + width - fresh.width])
         pairs = ((rows.request_B, fresh.request_B), (rows.slot_B, fresh.slot_B), (rows.count_B, fresh.count_B))
         host = [np.concatenate(pair) for pair in pairs]
-        return _Rows(rows.cache, width, pad_B, *host, last_B=torch.cat([rows.last_B, fresh.last_B]))
+        return _Rows(rows.cache, width, torch.cat([rows.last_B, fresh.last_B]), pad_B, *host)
 
 
 def _on_device(pad_B: np.ndarray, device: torch.device) -> Tensor | None:
@@ -382,7 +383,7 @@ def _on_device(pad_B: np.ndarray, device: torch.device) -> Tensor | None:
 
 def _take(cache: DynamicCache, index_B: Tensor) -> None:
     """Keep the cache rows `index_B`, repeats allowed. Beam search's method is the one that every kind of layer has."""
-    cache.reorder_cache(index_B)
+    cache.reorder_cache(cast(torch.LongTensor, index_B))
 
 
 def _roomy(cache: DynamicCache) -> list[RoomyLayer]:

@@ -1,4 +1,4 @@
-"""`RUN/metrics.jsonl`: one JSON object per optimizer step, in order, each global step once however often training was killed."""
+"""`RUN/metrics.jsonl`: one JSON object per optimizer step, each step once however often training was killed."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ def check(run: Run) -> list[dict[str, Any]]:
             path = part.folder / receipt.shard if part.stage == "checkpoints" else part.file(receipt.shard)
             if not intact(path, receipt):
                 what = "differs from its receipt" if path.exists() else "is missing"
-                damage.append({"stage": part.label, "shard": receipt.shard, "what": what, "path": str(path), "fix": part.command})
+                damage.append(
+                    {"stage": part.label, "shard": receipt.shard, "what": what, "path": str(path), "fix": part.command}
+                )
     return damage
 
 

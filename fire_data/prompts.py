@@ -51,7 +51,9 @@ def _local(path: str, base: Path) -> Path:
     file = base / Path(path).expanduser()
     if not file.is_file():
         what = "is a folder, not a file" if file.is_dir() else "does not exist"
-        raise ConfigError(f"the prompts file {what}", where=str(file), fix="--set prompts.path=FILE (relative to the run folder)")
+        raise ConfigError(
+            f"the prompts file {what}", where=str(file), fix="--set prompts.path=FILE (relative to the run folder)"
+        )
     return file
 
 
@@ -81,7 +83,9 @@ def _jsonl_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
             try:
                 yield json.loads(line), where
             except (ValueError, RecursionError) as error:
-                raise DataError(f"not valid JSON: {error}", where=where, fix="one JSON object per line, UTF-8") from None
+                raise DataError(
+                    f"not valid JSON: {error}", where=where, fix="one JSON object per line, UTF-8"
+                ) from None
 
 
 def _parquet_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
@@ -99,14 +103,20 @@ def _row(values: Any, where: str, need_answer: bool) -> dict[str, Any]:
     messages, prompt = values.get("messages"), values.get("prompt")
     if (messages is None) == (prompt is None):
         what = "neither `messages` nor `prompt`" if messages is None else "both `messages` and `prompt`"
-        raise DataError(f"the prompt has {what}; it has: {', '.join(values) or 'no field'}", where=where, fix="give one of them")
+        raise DataError(
+            f"the prompt has {what}; it has: {', '.join(values) or 'no field'}", where=where, fix="give one of them"
+        )
     if prompt is not None and not isinstance(prompt, str):
         raise DataError(f"`prompt` must be text, not {type(prompt).__name__}", where=where)
     if messages is not None:
         _check_messages(messages, where)
     answer = values.get("answer")
     if answer is None and need_answer:
-        raise DataError("the prompt has no `answer`, which the verifier compares with", where=where, fix="add it, or --set rollout.verifier=none")
+        raise DataError(
+            "the prompt has no `answer`, which the verifier compares with",
+            where=where,
+            fix="add it, or --set rollout.verifier=none",
+        )
     extra = {k: v for k, v in values.items() if k not in _KNOWN}
     row = {
         "prompt_id": _scalar(values.get("prompt_id"), "prompt_id", where),
@@ -127,7 +137,11 @@ def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise DataError("`messages` must be a list with at least one message", where=where)
     for i, message in enumerate(messages):
-        ok = isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        ok = (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        )
         if not ok:
             raise DataError(f"message {i} needs `role` and `content`, both text", where=where)
 

@@ -52,7 +52,9 @@ class Run:
             mine, theirs = (f.select("trajectory_id").collect()["trajectory_id"] for f in (weights, scores))
             if not mine.equals(theirs):
                 part = self.part("weights", number, name)
-                raise DataError("weights and scores are about different trajectories", where=part.label, fix=part.command)
+                raise DataError(
+                    "weights and scores are about different trajectories", where=part.label, fix=part.command
+                )
             frames.append(pl.concat([scores, weights.drop("trajectory_id")], how="horizontal"))
         return pl.concat(frames)
 
@@ -93,7 +95,9 @@ class Run:
     def teacher(self) -> ModelConfig:
         """The teacher's configuration. Raises ConfigError if there is none."""
         if self.config.teacher is None:
-            raise ConfigError("there is no teacher", where=str(self.root / "fire.yaml"), fix="--set teacher.model=FOLDER")
+            raise ConfigError(
+                "there is no teacher", where=str(self.root / "fire.yaml"), fix="--set teacher.model=FOLDER"
+            )
         return self.config.teacher
 
     def _sealed_rounds(self, stage: str, name: str | None) -> list[int]:

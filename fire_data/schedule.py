@@ -16,7 +16,7 @@ from fire_data.schemas.manifest import canonical
 class Slot(NamedTuple):
     """One prompt of a round: its row in the prompts table, and how often the round has had it before."""
 
-    index: int
+    row: int
     repeat: int
 
 
@@ -35,7 +35,7 @@ def round_slots(prompt_ids: Sequence[str], seed: int, round_: int, per_round: in
     for position in range(round_ * size, (round_ + 1) * size):
         pass_, offset = divmod(position, count)
         if pass_ not in orders:
-            orders[pass_] = sorted(range(count), key=lambda i: hash_text(seed, pass_, prompt_ids[i]))  # noqa: B023
+            orders[pass_] = sorted(range(count), key=lambda i: hash_text(seed, pass_, prompt_ids[i]))
         index = orders[pass_][offset]
         slots.append(Slot(index, seen.get(index, 0)))
         seen[index] = seen.get(index, 0) + 1

@@ -102,9 +102,15 @@ def _record(kind: type[_T], value: object, path: Path, fix: str) -> _T:
     try:
         record = kind.model_validate(value)
     except ValidationError as error:
-        raise DataError(f"not a {kind.__name__.lower()}: {error.errors()[0]['msg']}", where=str(path), fix=fix) from None
+        raise DataError(
+            f"not a {kind.__name__.lower()}: {error.errors()[0]['msg']}", where=str(path), fix=fix
+        ) from None
     if isinstance(record, Manifest) and record.format > FORMAT:
-        raise DataError(f"format {record.format} is newer than this version reads ({FORMAT})", where=str(path), fix="upgrade fire-opd")
+        raise DataError(
+            f"format {record.format} is newer than this version reads ({FORMAT})",
+            where=str(path),
+            fix="upgrade fire-opd",
+        )
     return record
 
 
@@ -141,7 +147,11 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
 
 def _write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
     metadata = {**(table.schema.metadata or {}), b"fire.fingerprint": fingerprint.encode()}
-    floats = [f"{f.name}.list.element" for f in table.schema if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)]
+    floats = [
+        f"{f.name}.list.element"
+        for f in table.schema
+        if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)
+    ]
     texts = [f.name for f in table.schema if pa.types.is_string(f.type)]
     rows = max(1, min(table.num_rows, table.num_rows * _ROW_GROUP_BYTES // max(1, table.nbytes)))
     pq.write_table(
@@ -209,7 +219,11 @@ def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
             table = pq.read_table(path, page_checksum_verification=True)
         except (pa.ArrowException, OSError, ValueError):
             table = None
-        found = (table.schema.metadata or {}).get(b"fire.fingerprint", b"").decode("utf-8", "replace") if table is not None else ""
+        found = (
+            (table.schema.metadata or {}).get(b"fire.fingerprint", b"").decode("utf-8", "replace")
+            if table is not None
+            else ""
+        )
         if table is None or found != fingerprint:
             files.set_aside([path], part.orphans)
             return None
@@ -240,6 +254,7 @@ def read_shard(part: Part, receipt: Receipt, columns: list[str] | None = None) -
         data = b""
     if hashlib.sha256(data).hexdigest() != receipt.sha256:
         verify_shard(part, receipt)
-        raise DamagedError("a shard changed while it was read", where=f"{part.label}, shard {receipt.shard}", fix=part.command)
+        raise DamagedError(
+            "a shard changed while it was read", where=f"{part.label}, shard {receipt.shard}", fix=part.command
+        )
     return pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
-

@@ -3,8 +3,8 @@
 Why chunks of whole rows: every quantity here needs a normalised distribution, and [positions, vocabulary] is the
 largest tensor of the whole pipeline. The heads are applied to as many positions as the budget allows; the statistics
 of such a chunk are taken a few rows at a time, which stay in the processor's cache while they are read again and
-again. Softmax in fp32, fp64 for fp64 models. Units: nats. Legend: `_T` positions, `_D` hidden, `_V` vocabulary, `_R` the
-rows of one block.
+again. Softmax in fp32, fp64 for fp64 models. Units: nats. Legend: `_T` positions, `_D` hidden, `_V` vocabulary,
+`_R` the rows of one block.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ def _block_signals(
     student_sum_R = p_RV.sum(1)
     student_mean_R = torch.mul(p_RV, s_RV, out=work_RV).sum(1) / student_sum_R
     s_RV.sub_(t_RV)
-    student_gap_R = torch.mul(p_RV, s_RV, out=work_RV).sum(1) / student_sum_R
+    student_gap_R = p_RV.mul_(s_RV).sum(1) / student_sum_R
     torch.exp(t_RV, out=p_RV)
     teacher_sum_R = p_RV.sum(1)
-    teacher_mean_R = torch.mul(p_RV, t_RV, out=work_RV).sum(1) / teacher_sum_R
-    teacher_gap_R = torch.mul(p_RV, s_RV, out=work_RV).sum(1) / teacher_sum_R
+    teacher_mean_R = t_RV.mul_(p_RV).sum(1) / teacher_sum_R
+    teacher_gap_R = p_RV.mul_(s_RV).sum(1) / teacher_sum_R
 
     student_log_R, teacher_log_R = student_sum_R.log(), teacher_sum_R.log()
     return {
@@ -138,7 +138,7 @@ def _largest(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     In two steps, tile maxima and then one tile, as a maximum without index is several times faster than one with it.
     """
-    rows, size = logits_RV.shape
+    size = logits_RV.shape[1]
     if size < 2 * _TILE:
         top = logits_RV.max(1, keepdim=True)
         return top.values, top.indices

@@ -1,4 +1,4 @@
-"""Run one stage of one round to its end: open or resume the plan, make what is missing, seal. The same command continues.
+"""Run one stage of one round: open or resume its plan, make what is missing, seal. The same command continues.
 
 The plan and the fingerprint are fixed when a stage starts. A different fingerprint later is an error that names the
 fields; `redo` sets the stage, and all that was made from it, aside first.
@@ -58,7 +58,7 @@ def plan_shards(units: int, per_shard: int) -> tuple[Shard, ...]:
 
 
 def open_stage(stage: Stage) -> Manifest:
-    """The manifest to work under: the existing one if its fingerprint agrees, else a new one. Raises FingerprintError."""
+    """The manifest to work under: the existing one, or a new one. Raises FingerprintError if fields differ."""
     part = stage.part
     fresh = Manifest(
         stage=part.stage, name=part.name, round=part.round if isinstance(part.round, int) else -1,
@@ -103,7 +103,9 @@ def run_stage(
     return seal(part, manifest, done, finish(done) if finish else {}, stage.recorded)
 
 
-def seal(part: Part, manifest: Manifest, receipts: list[Receipt], stats: dict[str, Any], recorded: dict[str, Any]) -> Manifest:
+def seal(
+    part: Part, manifest: Manifest, receipts: list[Receipt], stats: dict[str, Any], recorded: dict[str, Any]
+) -> Manifest:
     """Replace the open manifest by the sealed one: from now on later stages accept this one."""
     values = {"state": "sealed", "shards": tuple(receipts), "stats": stats, "recorded": recorded}
     finished = manifest.model_copy(update=values)
@@ -125,6 +127,6 @@ def _existing(part: Part, shard: Shard, manifest: Manifest, report: Reporter) ->
 
 
 def set_stage_aside(part: Part) -> None:
-    """Move a stage's manifest, receipts and shards to the orphans; the manifest first, so nothing half-removed is sealed."""
+    """Move a stage's manifest, receipts and shards to the orphans, the manifest first: half-removed is not sealed."""
     for path in (part.manifest_path, part.receipts, part.folder):
         files.set_aside([path], part.orphans)

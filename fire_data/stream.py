@@ -5,6 +5,7 @@ Held in memory: the rows of the current step, one shard, and one shard read ahea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -100,4 +101,4 @@ def _arrays(column: pa.ChunkedArray) -> list[Any]:
     array = column.combine_chunks()
     offsets = array.offsets.to_numpy() - array.offsets[0].as_py()
     values = array.flatten().to_numpy(zero_copy_only=False)
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]

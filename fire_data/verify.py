@@ -23,12 +23,10 @@ def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
     """The answer in a response: the last match's first group (or the match); without a pattern, the stripped text."""
     if pattern is None:
         return text.strip()
-    last = None
-    for last in pattern.finditer(text):
-        pass
-    if last is None:
+    matches = list(pattern.finditer(text))
+    if not matches:
         return None
-    group = last.group(1) if pattern.groups else last.group(0)
+    group = matches[-1].group(1 if pattern.groups else 0)
     return group.strip() if group is not None else None
 
 

@@ -89,7 +89,9 @@ def prepare(lf: pl.LazyFrame, weighing: Weighing, first_row: int = 0) -> pl.Lazy
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise ConfigError(f"the rule needs the column {name!r}, which is not there{hint}", fix="fire score RUN adds it")
+            raise ConfigError(
+                f"the rule needs the column {name!r}, which is not there{hint}", fix="fire score RUN adds it"
+            )
     if weighing.rollout_is_cap is not None and "rollout_logprob" not in have:
         raise ConfigError("rollout_is_cap needs the column 'rollout_logprob'", fix="--set weigh.rollout_is_cap=null")
     clash = sorted((_OUTPUT - {STEP}) & set(have))
@@ -136,7 +138,11 @@ def check_values(lf: pl.LazyFrame, weighing: Weighing) -> None:
         bad = lf.filter(wrong).select(ROW, "length", n=pl.col(name).list.len()).head(1).collect()
         if bad.height:
             row, length, n = bad.row(0)
-            what = f"has {n} elements where others have {length}" if n is not None and n != length else "holds a value that is not finite"
+            what = (
+                f"has {n} elements where others have {length}"
+                if n is not None and n != length
+                else "holds a value that is not finite"
+            )
             raise DataError(f"column {name!r} {what}", where=f"row {row}", fix="rescore: fire score RUN --redo")
 
 
@@ -197,9 +203,13 @@ def _decide(lf: pl.LazyFrame, weighing: Weighing, stats: Stats) -> pl.LazyFrame:
         if "finish_reason" not in names:
             raise ConfigError("truncated: drop needs the column 'finish_reason'", fix="--set weigh.truncated=keep")
         cut = pl.col("finish_reason") == "length"
-        reason = pl.when(pl.col("keep") & cut).then(pl.lit("truncated by max_new_tokens")).otherwise(pl.col("drop_reason"))
+        reason = (
+            pl.when(pl.col("keep") & cut).then(pl.lit("truncated by max_new_tokens")).otherwise(pl.col("drop_reason"))
+        )
         lf = lf.with_columns(drop_reason=reason).with_columns(keep=pl.col("keep") & ~cut)
-    tokens = pl.col("token_keep").list.sum().cast(pl.Int64) if "token_keep" in names else pl.col("length").cast(pl.Int64)
+    tokens = (
+        pl.col("token_keep").list.sum().cast(pl.Int64) if "token_keep" in names else pl.col("length").cast(pl.Int64)
+    )
     return lf.with_columns(_kept=pl.when("keep").then(tokens).otherwise(0))
 
 
@@ -217,7 +227,9 @@ def summarise(lf: pl.LazyFrame) -> dict[str, float]:
         weight_sum=weight.list.sum(),
         weight_squares=(weight * weight).list.sum(),
         weight_max=weight.list.max(),
-        kept=(pl.col("token_keep").list.sum() if "token_keep" in lf.collect_schema().names() else pl.col("length")).cast(pl.Float64),
+        kept=(
+            pl.col("token_keep").list.sum() if "token_keep" in lf.collect_schema().names() else pl.col("length")
+        ).cast(pl.Float64),
         nonzero=floats("coefficient").list.eval(pl.element() != 0).list.sum().cast(pl.Float64),
     ).collect()
     rows = frame.filter("keep")

@@ -38,7 +38,9 @@ class Section(BaseModel):
     def results(self) -> dict[str, Any]:
         """The fields that change a result, JSON-ready: what a fingerprint is made of."""
         fields = type(self).model_fields
-        perf = {k for k, f in fields.items() if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("perf")}
+        perf = {
+            k for k, f in fields.items() if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("perf")
+        }
         return self.model_dump(mode="json", exclude=perf)
 
 
@@ -50,14 +52,18 @@ class ModelConfig(Section):
     dtype: Dtype = _field("float32", "weights and matmuls while generating and scoring; softmax is fp32 or better")
     chat_template: str | None = _field(None, "file with a Jinja chat template, instead of the tokenizer's own")
     chat_template_kwargs: dict[str, Any] = _field({}, "passed to the chat template, e.g. {enable_thinking: false}")
-    trust_remote_code: bool = _field(False, "run Python code from the model's repository; leave off unless you wrote it")
+    trust_remote_code: bool = _field(
+        False, "run Python code from the model's repository; leave off unless you wrote it"
+    )
     device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 class PromptsConfig(Section):
     """Where the prompts come from."""
 
-    path: str = _perf("prompts.jsonl", "JSONL or Parquet: file, or hf://datasets/user/name/file; relative to the run folder")
+    path: str = _perf(
+        "prompts.jsonl", "JSONL or Parquet: file, or hf://datasets/user/name/file; relative to the run folder"
+    )
 
 
 class VerifyConfig(Section):
@@ -69,7 +75,9 @@ class VerifyConfig(Section):
 class RolloutConfig(Section):
     """How the student writes."""
 
-    engine: Literal["transformers", "fake"] = _field("transformers", "transformers (exact, CPU or GPU) or fake (dry runs)")
+    engine: Literal["transformers", "fake"] = _field(
+        "transformers", "transformers (exact, CPU or GPU) or fake (dry runs)"
+    )
     n: int = _field(4, "samples per prompt", ge=1)
     prompts_per_round: int | None = _field(None, "prompts per round; null: all of them", ge=1)
     prompts_per_shard: int = _field(64, "prompts per Parquet shard: the unit of work and of loss by a kill", ge=1)
@@ -80,7 +88,9 @@ class RolloutConfig(Section):
     temperature: float = _field(1.0, "sampling temperature; OPD assumes 1", gt=0)
     top_p: float = _field(1.0, "nucleus sampling; OPD assumes 1 (off)", gt=0, le=1)
     top_k: int = _field(0, "top-k sampling; OPD assumes 0 (off)", ge=0)
-    verifier: Literal["none", "exact"] = _field("none", "exact: reward 1 if the extracted answer equals `answer`, else 0")
+    verifier: Literal["none", "exact"] = _field(
+        "none", "exact: reward 1 if the extracted answer equals `answer`, else 0"
+    )
     rows_in_flight: int = _perf(64, "sequences generated together", ge=1)
 
 
@@ -98,21 +108,29 @@ class ScoreConfig(Section):
 class WeighConfig(Section):
     """Which rule turns scores into one coefficient per token."""
 
-    rule: str | dict[str, str] = _field("fire", "a name from `fire rules`, or {keep:, weight:, advantage:} as SQL expressions")
+    rule: str | dict[str, str] = _field(
+        "fire", "a name from `fire rules`, or {keep:, weight:, advantage:} as SQL expressions"
+    )
     name: str | None = _field(None, "folder under weights/; null: the rule's name")
     params: dict[str, Any] = _field({}, "the rule's parameters, e.g. {percentile: 20, alpha: 1.0}")
     scope: Scope | None = _field(None, "scope of every statistic: trajectory, group, step, round; null: the rule's own")
-    denominator: Denominator | None = _field(None, "mean over: tokens, all_tokens, sequences, constant; null: the rule's own")
+    denominator: Denominator | None = _field(
+        None, "mean over: tokens, all_tokens, sequences, constant; null: the rule's own"
+    )
     constant: float | None = _field(None, "the denominator when denominator is constant", gt=0)
     truncated: Literal["keep", "drop"] = _field("keep", "trajectories cut by max_new_tokens (finish_reason 'length')")
-    rollout_is_cap: float | None = _field(None, "cap of exp(student_logprob - rollout_logprob) as a factor; null: off", gt=0)
+    rollout_is_cap: float | None = _field(
+        None, "cap of exp(student_logprob - rollout_logprob) as a factor; null: off", gt=0
+    )
 
 
 class TrainConfig(Section):
     """How the coefficients are executed."""
 
     weights: str | None = _field(None, "folder under weights/ to train on; null: weigh.name or the rule")
-    batch_size: int | None = _field(64, "trajectories per optimizer step; null: the whole round (the paper's setting)", ge=1)
+    batch_size: int | None = _field(
+        64, "trajectories per optimizer step; null: the whole round (the paper's setting)", ge=1
+    )
     epochs: int = _field(1, "passes over the round's steps", ge=1)
     lr: float = _field(1e-6, "AdamW learning rate after warm-up", gt=0)
     betas: tuple[float, float] = _field((0.9, 0.999), "AdamW betas")
@@ -124,9 +142,13 @@ class TrainConfig(Section):
     max_grad_norm: float = _field(1.0, "gradient norm clipping; 0: off", ge=0)
     clip: float = _field(0.2, "PPO clip range of the probability ratio", gt=0)
     dual_clip: float | None = _field(None, "lower bound of the surrogate for negative advantages; null: off", gt=1)
-    compute_dtype: Literal["float32", "bfloat16", "float64"] = _field("float32", "forward and backward; master weights stay fp32")
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = _field(
+        "float32", "forward and backward; master weights stay fp32"
+    )
     export_dtype: Literal["float32", "bfloat16", "float16", "float64"] = _field("bfloat16", "dtype of checkpoints/")
-    ratio_tolerance: float | None = _field(None, "largest mean |log ratio| before a round's first step; null: by dtype", gt=0)
+    ratio_tolerance: float | None = _field(
+        None, "largest mean |log ratio| before a round's first step; null: by dtype", gt=0
+    )
     keep_states: Literal["last", "all"] = _field("last", "optimizer states to keep under .fire/train")
     save_every: int = _perf(0, "also save the training state every so many steps; 0: at the end of a round", ge=0)
     tokens_per_microbatch: int = _perf(8192, "padded tokens per forward and backward pass", ge=1)

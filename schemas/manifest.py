@@ -1,4 +1,4 @@
-"""Receipts (one finished shard) and manifests (one stage of one round: its plan, fingerprint and, once sealed, its shards).
+"""Receipts of finished shards, and manifests: a stage of a round with its plan, fingerprint and, once sealed, shards.
 
 A file that no receipt names does not exist; a stage that is not sealed is not finished.
 """

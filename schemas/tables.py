@@ -34,7 +34,9 @@ class Column:
     optional: bool = False
 
     def field(self) -> pa.Field:
-        shape = {"row": "one per trajectory", "token": "one per response token", "prompt": "one per prompt token"}[self.per]
+        shape = {"row": "one per trajectory", "token": "one per response token", "prompt": "one per prompt token"}[
+            self.per
+        ]
         metadata = {"meaning": self.meaning, "unit": self.unit, "shape": shape}
         return pa.field(self.name, self.type, nullable=self.nullable, metadata=metadata)
 
@@ -86,7 +88,12 @@ SIGNALS = (
     _token("teacher_top1_id", "the teacher's most likely token", "token id", IDS),
     _token("student_rank", "rank of the sampled token under the student", "1 + tokens strictly more likely", IDS),
     _token("teacher_rank", "rank of the sampled token under the teacher", "1 + tokens strictly more likely", IDS),
-    _token("teacher_rank_of_student_top1", "rank of the student's top-1 under the teacher", "1 + tokens strictly more likely", IDS),
+    _token(
+        "teacher_rank_of_student_top1",
+        "rank of the student's top-1 under the teacher",
+        "1 + tokens strictly more likely",
+        IDS,
+    ),
 )
 
 FLOAT_SIGNALS = tuple(c.name for c in SIGNALS if c.type == FLOATS)
@@ -94,7 +101,10 @@ FLOAT_SIGNALS = tuple(c.name for c in SIGNALS if c.type == FLOATS)
 SUMMARIES = (
     _row("length", _I32, "response tokens", "tokens"),
     *(_row(f"{name}_sum", _F64, f"sum of {name} over the response", "nats") for name in FLOAT_SIGNALS),
-    *(_row(f"{name}_max", _F64, f"maximum of {name} over the response", "nats", nullable=True) for name in FLOAT_SIGNALS),
+    *(
+        _row(f"{name}_max", _F64, f"maximum of {name} over the response", "nats", nullable=True)
+        for name in FLOAT_SIGNALS
+    ),
     _row("entropy_product_sum", _F64, "sum of teacher_entropy * student_entropy", "nats squared"),
 )
 
@@ -205,5 +215,3 @@ def _check_lengths(data: pa.Table, columns: list[Column], where: str) -> None:
             have, want = pc.list_value_length(data[name])[row].as_py(), expected[row].as_py()
             text = f"column {name!r} has {have} elements where {leader!r} has {want}"
             raise DataError(text, where=f"{where}, row {row}")
-
-

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from fire_data.schemas.errors import ConfigError
 from fire_data.rules.base import Rule, Stats
 from fire_data.rules.controls import Random, Uniform
 from fire_data.rules.expression import PARTS, Expression
 from fire_data.rules.fire import Fire
+from fire_data.schemas.errors import ConfigError
 
-__all__ = ["RULES", "Rule", "RuleEntry", "Stats", "describe_rule", "make_rule"]
+__all__ = ["RULES", "Expression", "Rule", "RuleEntry", "Stats", "describe_rule", "make_rule"]
 
 
 class RuleEntry(NamedTuple):
@@ -28,7 +28,12 @@ class RuleEntry(NamedTuple):
 
 _ALL_STEP = {"filter_scope": "step", "max_scope": "step", "mean_scope": "step", "denominator": "tokens"}
 _PAPER = {"filter_scope": "step", "max_scope": "step", "mean_scope": "trajectory", "denominator": "tokens"}
-_RELEASED = {"filter_scope": "trajectory", "max_scope": "trajectory", "mean_scope": "trajectory", "denominator": "sequences"}
+_RELEASED = {
+    "filter_scope": "trajectory",
+    "max_scope": "trajectory",
+    "mean_scope": "trajectory",
+    "denominator": "sequences",
+}
 
 RULES: dict[str, RuleEntry] = {
     "uniform": RuleEntry(Uniform, {}, "plain on-policy distillation"),
@@ -40,7 +45,9 @@ RULES: dict[str, RuleEntry] = {
 }
 
 
-def make_rule(rule: str | Mapping[str, Any] | Rule, params: Mapping[str, Any] | None = None, scope: str | None = None) -> Rule:
+def make_rule(
+    rule: str | Mapping[str, Any] | Rule, params: Mapping[str, Any] | None = None, scope: str | None = None
+) -> Rule:
     """A rule from its name, from a mapping of expressions, or as it is. `scope` sets all its scopes at once.
 
     Raises ConfigError for an unknown name, parameter or value, with the nearest match.

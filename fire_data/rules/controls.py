@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import polars as pl
 
-from fire_data.schemas.errors import ConfigError
 from fire_data.rules.base import ROW, STEP, Rule, Stats, from_stats, ones, plain_advantage
+from fire_data.schemas.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,20 @@ from typing import Any, ClassVar, Literal
 import polars as pl
 from polars.exceptions import PolarsError
 
+from fire_data.rules.base import (
+    ROW,
+    Rule,
+    Stats,
+    attach,
+    floats,
+    from_stats,
+    grouped_sums,
+    ones,
+    plain_advantage,
+    scope_keys,
+)
 from fire_data.schemas.config import Normalise, Scope
 from fire_data.schemas.errors import ConfigError
-from fire_data.rules.base import ROW, Rule, Stats, attach, floats, from_stats, grouped_sums, ones, plain_advantage, scope_keys
 
 PARTS = ("keep", "weight", "advantage", "token_keep")
 
@@ -42,7 +53,7 @@ class Expression(Rule):
 
     @property
     def reads(self) -> Literal["shard", "step", "round"]:
-        return "shard" if self.scope in ("trajectory", "group") else self.scope
+        return self.scope if self.scope == "step" or self.scope == "round" else "shard"
 
     @property
     def uses_groups(self) -> bool:
@@ -65,7 +76,11 @@ class Expression(Rule):
         if self.weight is not None and self.normalise != "none":
             keys = scope_keys(self.normalise)
             means = from_stats(stats["mean"], lf.collect_schema()).select(*keys, "mean_weight")
-            lf = attach(lf, means, keys).with_columns(weight=floats("weight") / pl.col("mean_weight")).drop("mean_weight")
+            lf = (
+                attach(lf, means, keys)
+                .with_columns(weight=floats("weight") / pl.col("mean_weight"))
+                .drop("mean_weight")
+            )
         reason = pl.lit(f"keep: {self.keep}")
         return lf.with_columns(drop_reason=pl.when("keep").then(None).otherwise(reason))
 
@@ -122,4 +137,6 @@ class Expression(Rule):
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f", did you mean {near[0]!r}?" if near else ""
                 text = f"{part} uses the unknown column {name!r}{hint}"
-                raise ConfigError(text, where=f"rule expression, {getattr(self, part)!r}", fix="fire inspect RUN --schema")
+                raise ConfigError(
+                    text, where=f"rule expression, {getattr(self, part)!r}", fix="fire inspect RUN --schema"
+                )

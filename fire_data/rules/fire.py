@@ -12,9 +12,19 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
+from fire_data.rules.base import (
+    Rule,
+    Stats,
+    attach,
+    floats,
+    from_stats,
+    grouped,
+    grouped_sums,
+    plain_advantage,
+    scope_keys,
+)
 from fire_data.schemas.config import Scope
 from fire_data.schemas.errors import ConfigError
-from fire_data.rules.base import Rule, Stats, attach, floats, from_stats, grouped, grouped_sums, plain_advantage, scope_keys
 
 _SMALLEST_MAXIMUM = 1e-6  # of the reference code: an entropy maximum is clamped to at least this
 _SUMMARY = ("length", "teacher_logprob_sum", "teacher_entropy_sum", "student_entropy_sum")
@@ -33,7 +43,9 @@ class Fire(Rule):
 
     name: ClassVar[str] = "fire"
     paper: ClassVar[str] = "2606.02684"
-    belief: ClassVar[str] = "unlikely trajectories teach nothing; tokens teach most where the teacher is sure and the student is not"
+    belief: ClassVar[str] = (
+        "unlikely trajectories teach nothing; tokens teach most where the teacher is sure and the student is not"
+    )
     needs: ClassVar[tuple[str, ...]] = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 
     percentile: float = 20.0
@@ -61,12 +73,18 @@ class Fire(Rule):
 
     def apply(self, lf: pl.LazyFrame, stats: Stats) -> pl.LazyFrame:
         frames = self._statistics(self._summary(lf), stats)
-        lf = attach(lf, frames["filter"].select(*scope_keys(self.filter_scope, self.by), "threshold"), self._keys("filter"))
+        lf = attach(
+            lf, frames["filter"].select(*scope_keys(self.filter_scope, self.by), "threshold"), self._keys("filter")
+        )
         lf = attach(lf, frames["max"], self._keys("max"))
         lf = attach(lf, frames["mean"].select(*scope_keys(self.mean_scope, self.by), "mean_weight"), self._keys("mean"))
-        keep = (_score() >= pl.col("threshold")).fill_null(False)
-        reason = pl.when(pl.col("length") == 0).then(pl.lit("empty response")).otherwise(
-            pl.lit(f"mean teacher_logprob below the {self.percentile:g} % quantile of its {self.filter_scope}")
+        keep = ((pl.col("length") > 0) & (_score() >= pl.col("threshold"))).fill_null(False)
+        reason = (
+            pl.when(pl.col("length") == 0)
+            .then(pl.lit("empty response"))
+            .otherwise(
+                pl.lit(f"mean teacher_logprob below the {self.percentile:g} % quantile of its {self.filter_scope}")
+            )
         )
         return lf.with_columns(
             keep=keep,
@@ -100,7 +118,11 @@ class Fire(Rule):
             frames["filter"] = grouped(scored, self._keys("filter"), threshold, pl.len().alias("trajectories"))
         if "max" not in frames:
             limits = [
-                pl.col(f"{who}_entropy_max").max().fill_null(0.0).clip(lower_bound=_SMALLEST_MAXIMUM).alias(f"{who}_entropy_limit")
+                pl.col(f"{who}_entropy_max")
+                .max()
+                .fill_null(0.0)
+                .clip(lower_bound=_SMALLEST_MAXIMUM)
+                .alias(f"{who}_entropy_limit")
                 for who in ("teacher", "student")
             ]
             frames["max"] = grouped(summary, self._keys("max"), *limits)
@@ -111,7 +133,7 @@ class Fire(Rule):
     def _mean_weights(self, summary: pl.DataFrame, maxima: pl.DataFrame) -> pl.DataFrame:
         """The mean weight per population from per-trajectory sums: no token column is read.
 
-        With 0 <= H <= max the clips of Eq. 5 and 6 do nothing, so the product expands into sums of 1, H_T, H_S, H_T H_S.
+        With 0 <= H <= max the clips of Eq. 5 and 6 do nothing: the product is a sum of 1, H_T, H_S and H_T H_S.
         """
         a, b = self.alpha, self.beta
         teacher = pl.col("teacher_entropy_sum") / pl.col("teacher_entropy_limit")

@@ -25,7 +25,9 @@ def evaluate(session: Session, round: int | None) -> Manifest:
     """Evaluate the student after `round`, or (None) the given student. The same prompts and noise every round."""
     run, cfg = session.run, session.run.config
     if cfg.eval.prompts is None:
-        raise ConfigError("there are no held-out prompts", where=str(run.root / "fire.yaml"), fix="--set eval.prompts=held_out.jsonl")
+        raise ConfigError(
+            "there are no held-out prompts", where=str(run.root / "fire.yaml"), fix="--set eval.prompts=held_out.jsonl"
+        )
     prompts = read_prompts(cfg.eval.prompts, run.root, need_answer=True).slice(0, cfg.eval.limit)
     pattern = verify.compile_pattern(cfg.verify.pattern)
     rows = prompts.to_pylist()
@@ -59,7 +61,12 @@ def _sampling(session: Session, greedy: bool) -> Sampling:
 
 
 def _graded(
-    prompts: list[dict[str, Any]], samples: list[tuple[int, int]], mode: str, texts: list[str], answers: pa.Table, pattern: Any
+    prompts: list[dict[str, Any]],
+    samples: list[tuple[int, int]],
+    mode: str,
+    texts: list[str],
+    answers: pa.Table,
+    pattern: Any,
 ) -> pa.Table:
     found = [verify.extract(t, pattern) for t in texts]
     right = [prompts[i]["answer"] for i, _ in samples]

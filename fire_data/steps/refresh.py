@@ -16,7 +16,9 @@ from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
 
 
-def refresh(session: Session, rounds: int, after_round: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
+def refresh(
+    session: Session, rounds: int, after_round: Callable[[dict[str, Any]], None] | None = None
+) -> list[dict[str, Any]]:
     """Bring a run to `rounds` rounds in all. Rounds whose checkpoint is sealed are left alone.
 
     `after_round` is told each finished round's row of `round_table`, the start included.
@@ -42,14 +44,19 @@ def refresh(session: Session, rounds: int, after_round: Callable[[dict[str, Any]
 
 def round_table(run: Run) -> list[dict[str, Any]]:
     """One row per finished round, the start first: accuracy, kept fraction, KL to the teacher, length, loss."""
-    return [round_row(run, None), *(round_row(run, n) for n in run.rounds() if _sealed(read_manifest(run.part("checkpoints", n))))]
+    return [
+        round_row(run, None),
+        *(round_row(run, n) for n in run.rounds() if _sealed(read_manifest(run.part("checkpoints", n)))),
+    ]
 
 
 def round_row(run: Run, number: int | None) -> dict[str, Any]:
     """What is known of a round from its sealed manifests; None where a stage is missing."""
     if number is None:
         return {"round": None, **_eval_numbers(read_manifest(run.part("evals", "start")))}
-    rollouts, scores, weights, checkpoint = (read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "weights", "checkpoints"))
+    rollouts, scores, weights, checkpoint = (
+        read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "weights", "checkpoints")
+    )
     return {
         "round": number,
         **_eval_numbers(read_manifest(run.part("evals", number))),

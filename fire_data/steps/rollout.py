@@ -25,18 +25,26 @@ def rollout(session: Session, round: int) -> Manifest:
     prompts = read_prompts(cfg.prompts.path, run.root, need_answer=cfg.rollout.verifier != "none")
     pattern = verify.compile_pattern(cfg.verify.pattern)
     slots = round_slots(prompts["prompt_id"].to_pylist(), cfg.seed, round, cfg.rollout.prompts_per_round)
-    rows = prompts.take([s.index for s in slots]).to_pylist()
+    rows = prompts.take([s.row for s in slots]).to_pylist()
     ids = [_prompt_ids(session, row) for row in rows]
     rows, ids, slots = _within_limit(session, rows, ids, slots)
     stage = Stage(
         run.part("rollouts", round),
         fields=_fields(session, round, prompts),
         plan=plan_shards(len(rows), cfg.rollout.prompts_per_shard),
-        recorded={"prompts": cfg.prompts.path, "student": run.student(round).model, "skipped_prompts": len(ids) - len(rows)},
+        recorded={
+            "prompts": cfg.prompts.path,
+            "student": run.student(round).model,
+            "skipped_prompts": len(ids) - len(rows),
+        },
     )
 
     def make(shard: Shard) -> pa.Table:
-        samples = [(i, slots[i].repeat * cfg.rollout.n + j) for i in range(shard.start, shard.stop) for j in range(cfg.rollout.n)]
+        samples = [
+            (i, slots[i].repeat * cfg.rollout.n + j)
+            for i in range(shard.start, shard.stop)
+            for j in range(cfg.rollout.n)
+        ]
         names = [trajectory_id(cfg.seed, round, rows[i]["prompt_id"], sample) for i, sample in samples]
         requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
         answers = make_generator(session, round).generate(requests, _sampling(session))
@@ -50,7 +58,9 @@ def rollout(session: Session, round: int) -> Manifest:
         }
         if cfg.rollout.verifier == "exact":
             columns["reward"] = [verify.exact(t, a, pattern) for t, a in zip(texts, columns["answer"], strict=True)]
-        table = pa.table({**{k: requests[k] for k in requests.column_names}, **{k: answers[k] for k in answers.column_names}})
+        table = pa.table(
+            {**{k: requests[k] for k in requests.column_names}, **{k: answers[k] for k in answers.column_names}}
+        )
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values))
         return conform(table, "rollouts", f"{stage.part.label}, shard {shard.name}")
@@ -86,14 +96,17 @@ def _within_limit(
     long = [i for i, x in enumerate(ids) if len(x) > limit]
     if long and cfg.rollout.long_prompts == "error":
         i = long[0]
-        text = f"prompt {rows[i]['prompt_id']!r} has {len(ids[i])} tokens, the limit is {limit} ({len(long)} prompts are too long)"
+        name = rows[i]["prompt_id"]
+        text = f"prompt {name!r} has {len(ids[i])} tokens, the limit is {limit} ({len(long)} prompts are too long)"
         fix = f"--set rollout.max_prompt_tokens={max(map(len, ids))}, or --set rollout.long_prompts=skip"
         raise DataError(text, where=cfg.prompts.path, fix=fix)
     if long:
         session.report.warn(f"{len(long)} prompts are longer than {limit} tokens and are skipped")
     good = [i for i in range(len(ids)) if len(ids[i]) <= limit]
     if not good:
-        raise DataError(f"no prompt has at most {limit} tokens", where=cfg.prompts.path, fix="--set rollout.max_prompt_tokens=N")
+        raise DataError(
+            f"no prompt has at most {limit} tokens", where=cfg.prompts.path, fix="--set rollout.max_prompt_tokens=N"
+        )
     return [rows[i] for i in good], [ids[i] for i in good], [slots[i] for i in good]
 
 

@@ -34,7 +34,9 @@ def score(session: Session, round: int) -> Manifest:
         rollouts = read_shard(source_part, receipts[shard.name])
         rollouts = _with_teacher_prompts(session, rollouts)
         for name in ("response_ids", "teacher_prompt_ids" if cfg.score.teacher_prompt == "own" else "prompt_ids"):
-            vocabulary.require_known_ids(rollouts[name], session.vocabulary, name, f"{source_part.label}, shard {shard.name}")
+            vocabulary.require_known_ids(
+                rollouts[name], session.vocabulary, name, f"{source_part.label}, shard {shard.name}"
+            )
         signals = _make_scorer(session, round).score(rollouts)
         for name in signals.column_names:
             rollouts = rollouts.append_column(name, signals[name])
@@ -52,7 +54,9 @@ def _make_scorer(session: Session, round: int) -> Scorer:
     from fire_data.scoring import TransformersScorer
 
     budget = cfg.logits_budget_mb << 20
-    return TransformersScorer(session.student(round), session.teacher(), session.vocabulary, cfg.tokens_per_batch, budget)
+    return TransformersScorer(
+        session.student(round), session.teacher(), session.vocabulary, cfg.tokens_per_batch, budget
+    )
 
 
 def _with_teacher_prompts(session: Session, rollouts: pa.Table) -> pa.Table:
@@ -61,7 +65,9 @@ def _with_teacher_prompts(session: Session, rollouts: pa.Table) -> pa.Table:
     own: list[list[int] | None] = [None] * rollouts.num_rows
     if cfg.score.teacher_prompt == "own":
         known: dict[str, list[int]] = {}
-        for i, (messages, ids) in enumerate(zip(rollouts["messages"].to_pylist(), rollouts["prompt_ids"].to_pylist(), strict=True)):
+        for i, (messages, ids) in enumerate(
+            zip(rollouts["messages"].to_pylist(), rollouts["prompt_ids"].to_pylist(), strict=True)
+        ):
             key = json.dumps(messages)
             if key not in known:
                 known[key] = chat.render(session.teacher_tokenizer, session.run.teacher(), root, messages, False)
@@ -74,10 +80,14 @@ def _fields(session: Session, round: int, source: Manifest) -> dict[str, Any]:
     student, wrote = session.student_fields(round), source.fields["student"]
     if student != wrote:
         text = f"the rollouts were written by another student: {json.dumps(wrote)}, now it is {json.dumps(student)}"
-        raise FingerprintError(text, where=run.part("rollouts", round).label, fix=f"fire rollout {run.root} --round {round} --redo")
+        raise FingerprintError(
+            text, where=run.part("rollouts", round).label, fix=f"fire rollout {run.root} --round {round} --redo"
+        )
     if session.vocabulary_fields != source.fields["vocabulary"]:
         text = "the rollouts were sampled over another vocabulary (another teacher's tokenizer, or none)"
-        raise FingerprintError(text, where=run.part("rollouts", round).label, fix=f"fire rollout {run.root} --round {round} --redo")
+        raise FingerprintError(
+            text, where=run.part("rollouts", round).label, fix=f"fire rollout {run.root} --round {round} --redo"
+        )
     return {
         "format": FORMAT,
         "score": cfg.score.results(),
@@ -113,16 +123,26 @@ def _stats(session: Session, part: Part, receipts: list[Receipt]) -> dict[str, A
     sums: dict[str, list[float]] = {m: [] for m in means}
     tokens, drift, last = 0, [], []
     for receipt in receipts:
-        columns = [f"{m}_sum" for m in means] + ["finish_reason", "student_logprob", "teacher_logprob", "rollout_logprob"]
+        columns = [f"{m}_sum" for m in means] + [
+            "finish_reason",
+            "student_logprob",
+            "teacher_logprob",
+            "rollout_logprob",
+        ]
         table = read_shard(part, receipt, columns)
         tokens += receipt.tokens
         for m in means:
             sums[m] += table[f"{m}_sum"].to_pylist()
-        lists = [table[c].to_pylist() for c in ("student_logprob", "teacher_logprob", "rollout_logprob", "finish_reason")]
+        lists = [
+            table[c].to_pylist() for c in ("student_logprob", "teacher_logprob", "rollout_logprob", "finish_reason")
+        ]
         for s, t, r, reason in zip(*lists, strict=True):
             drift += [abs(a - b) for a, b in zip(s, r, strict=True)] if comparable else []
             last += [t[-1] - s[-1]] if reason == "stop" and s else []
-    stats: dict[str, Any] = {"tokens": tokens, **{m: math.fsum(x) / tokens if tokens else None for m, x in sums.items()}}
+    stats: dict[str, Any] = {
+        "tokens": tokens,
+        **{m: math.fsum(x) / tokens if tokens else None for m, x in sums.items()},
+    }
     stats["last_token_advantage"] = math.fsum(last) / len(last) if last else None
     stats["rollout_drift"] = math.fsum(drift) / len(drift) if drift else None
     stats["rollout_drift_max"] = max(drift, default=None)

@@ -53,7 +53,9 @@ def _fields(session: Session, round: int, scores: Manifest, weights: Manifest) -
     student = session.student_fields(round)
     if scores.fields["student"] != student:
         text = "student_logprob was scored with another student than the one to be trained"
-        raise FingerprintError(text, where=f"round {round}", fix=f"fire score {session.run.root} --round {round} --redo")
+        raise FingerprintError(
+            text, where=f"round {round}", fix=f"fire score {session.run.root} --round {round} --redo"
+        )
     settings = session.run.config.train.results()
     return {
         "format": FORMAT,
@@ -69,7 +71,12 @@ class _Training:
     """The steps of one round with the state they change."""
 
     def __init__(
-        self, session: Session, round: int, fingerprint: str, scores: tuple[Part, Manifest], weights: tuple[Part, Manifest]
+        self,
+        session: Session,
+        round: int,
+        fingerprint: str,
+        scores: tuple[Part, Manifest],
+        weights: tuple[Part, Manifest],
     ) -> None:
         from fire_data import models, optim
 
@@ -120,7 +127,12 @@ class _Training:
         numbers = train_step(
             self.model, self.head, self.optimizer, batch, self.cfg, self.session.vocabulary, self.global_step
         )
-        place = {"global_step": self.global_step, "round": self.round, "epoch": self.done // self.steps, "step": batch.step}
+        place = {
+            "global_step": self.global_step,
+            "round": self.round,
+            "epoch": self.done // self.steps,
+            "step": batch.step,
+        }
         metrics.append(log, place | numbers)
         self.global_step += 1
         self.done += 1
@@ -132,7 +144,9 @@ class _Training:
         exported = [self.cfg.export_dtype] if self.round else []
         tolerance = ratio_tolerance(self.cfg, self.run.config.student.dtype, *exported)
         found = ratio_check(self.model, self.head, batch, self.cfg, self.session.vocabulary, tolerance)
-        self.session.report.note(f"ratio check: mean |log r| {found['ratio_mean_abs']:.2g} nats, tolerance {tolerance:g}")
+        self.session.report.note(
+            f"ratio check: mean |log r| {found['ratio_mean_abs']:.2g} nats, tolerance {tolerance:g}"
+        )
 
     def _save(self) -> None:
         from fire_data import trainstate
@@ -144,7 +158,9 @@ class _Training:
             "total": self.total,
             "fingerprint": self.fingerprint,
         }
-        trainstate.save_state(self.states / f"step-{self.global_step:08d}-round-{self.round:03d}", self.model, self.optimizer, meta)
+        trainstate.save_state(
+            self.states / f"step-{self.global_step:08d}-round-{self.round:03d}", self.model, self.optimizer, meta
+        )
         if self.cfg.keep_states == "last":
             trainstate.prune_states(self.states, keep=1)
 
@@ -165,7 +181,9 @@ class _Training:
         raise self._no_start(f"the training state is of round {meta['round']}, step {meta['done']} of {meta['total']}")
 
     def _no_start(self, what: str) -> IncompleteError:
-        fix = f"start over: fire train {self.run.root} --round 0 --redo (train.keep_states: all keeps every round's end)"
+        fix = (
+            f"start over: fire train {self.run.root} --round 0 --redo (train.keep_states: all keeps every round's end)"
+        )
         return IncompleteError(f"round {self.round} cannot start: {what}", where=str(self.states), fix=fix)
 
     def _export(self) -> None:

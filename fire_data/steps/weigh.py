@@ -52,7 +52,9 @@ def weigh(run: Run, round: int, report: Reporter | None = None) -> Manifest:
 
     manifest = run_stage(stage, make, finish, report)
     if manifest.stats.get("n_dropped") == 0 and drops(rule):
-        report.warn(f"the filter of {run.config.weights_name} dropped nothing: it is inert at this scope and these data")
+        report.warn(
+            f"the filter of {run.config.weights_name} dropped nothing: it is inert at this scope and these data"
+        )
     return manifest
 
 

@@ -1,0 +1,37 @@
+# Two commands are all: `make demo` and `make test`. Each sets up .venv when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO ?= runs/demo
+
+.PHONY: demo test check format clean
+
+demo: $(STAMP)
+	$(BIN)/fire demo $(DEMO)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP) .types/fire_data
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	MYPYPATH=.types $(BIN)/mypy -p fire_data
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	touch $@
+
+# mypy follows no import hooks: it needs to see cli/ and schemas/ where they are installed.
+.types/fire_data:
+	mkdir -p $@
+	ln -sfn $(CURDIR)/fire_data/* $(CURDIR)/cli $(CURDIR)/schemas $@/
+
+clean:
+	rm -rf $(VENV) .types build *.egg-info

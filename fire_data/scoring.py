@@ -1,0 +1,175 @@
+"""Runs student and teacher over finished rollouts and returns one column per signal, plus their per-row summaries.
+
+Both models see the same batch of right-padded rows, made by length within a budget of padded tokens; only the hidden
+states that predict response tokens are kept, packed without padding, and turned into signals chunk by chunk. Batches
+depend on nothing but the rows' content, so equal shards give equal bytes. Units: nats; lengths in tokens. Legend: `_B`
+sequences, `_L` padded length, `_T` packed response tokens, `_D` hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from fire_data.models import head_of, hidden_states
+from fire_data.schemas.errors import DataError
+from fire_data.schemas.tables import FLOAT_SIGNALS, SIGNALS, SUMMARIES
+from fire_data.signals import Head, token_signals
+from fire_data.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Ids of one trajectory: the response, and what precedes it for each model."""
+
+    index: int
+    student_prompt: list[int]
+    teacher_prompt: list[int]
+    response: list[int]
+
+    @property
+    def length(self) -> int:
+        return max(len(self.student_prompt), len(self.teacher_prompt)) + len(self.response)
+
+
+@dataclass(frozen=True)
+class TransformersScorer:
+    """Exact scores from two transformers models. `tokens_per_batch` and `budget_bytes` bound memory, not the result."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    vocabulary: Vocabulary
+    tokens_per_batch: int
+    budget_bytes: int
+
+    def score(self, rollouts: pa.Table, progress: Callable[[int], None] | None = None) -> pa.Table:
+        """The columns of `tables.SIGNALS`, row by row as in `rollouts`.
+
+        Args:
+            rollouts: with `prompt_ids`, `response_ids` and, where the teacher's prompt differs, `teacher_prompt_ids`.
+            progress: called with the number of rows finished after every batch.
+
+        Raises:
+            DataError: a row has response tokens but no prompt tokens to predict the first from.
+            EngineError: a model's head is not understood.
+        """
+        rows = _read_rows(rollouts)
+        heads = head_of(self.student), head_of(self.teacher)
+        signals: list[dict[str, Array]] = [{} for _ in rows]
+        for batch in batches([r.length for r in rows], [_content(r) for r in rows], self.tokens_per_batch):
+            chosen = [rows[i] for i in batch if rows[i].response]
+            if chosen:
+                columns = self._score_batch(chosen, heads)
+                ends = np.cumsum([len(r.response) for r in chosen])[:-1]
+                for name, values in columns.items():
+                    for row, part in zip(chosen, np.split(values, ends), strict=True):
+                        signals[row.index][name] = part
+            if progress:
+                progress(len(batch))
+        return _signal_table(signals)
+
+    def _score_batch(self, rows: list[_Row], heads: tuple[Head, Head]) -> dict[str, Array]:
+        """Signals of a batch, every array packed in the order of `rows`."""
+        with torch.inference_mode():
+            student_TD = _predicting_states(self.student, [(r.student_prompt, r.response) for r in rows])
+            teacher_TD = _predicting_states(self.teacher, [(r.teacher_prompt, r.response) for r in rows])
+            ids_T = torch.tensor([i for r in rows for i in r.response], device=student_TD.device)
+            columns = token_signals(
+                student_TD, heads[0], teacher_TD, heads[1], ids_T, self.vocabulary, self.budget_bytes
+            )
+        return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def batches(lengths: list[int], contents: Sequence[Any], tokens_per_batch: int) -> list[list[int]]:
+    """Indices of rows put together, longest first, so that rows × longest row stays within `tokens_per_batch`.
+
+    A longer row is a batch of its own. Equal lengths are ordered by content: the order of rows does not matter.
+    """
+    result: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], contents[i])):
+        if result and (len(result[-1]) + 1) * lengths[result[-1][0]] <= tokens_per_batch:
+            result[-1].append(i)
+        else:
+            result.append([i])
+    return result
+
+
+def summarise(table: pa.Table) -> pa.Table:
+    """Append the columns of `tables.SUMMARIES`: length, sums and maxima of every float signal, in float64.
+
+    Sums of the float32 columns are correctly rounded (`math.fsum`): they depend neither on order, threads nor machine.
+    The maximum of an empty response is null.
+    """
+    lengths = pc.list_value_length(table["response_ids"]).to_numpy().astype(np.int64)
+    columns = {name: _split(table[name], lengths) for name in FLOAT_SIGNALS}
+    sums = {f"{name}_sum": [math.fsum(row) for row in rows] for name, rows in columns.items()}
+    maxima = {f"{name}_max": [max(row, default=None) for row in rows] for name, rows in columns.items()}
+    pairs = zip(columns["teacher_entropy"], columns["student_entropy"], strict=True)
+    products = [math.fsum(t * s for t, s in zip(teacher, student, strict=True)) for teacher, student in pairs]
+    values = {"length": lengths, **sums, **maxima, "entropy_product_sum": products}
+    for column in SUMMARIES:
+        table = table.append_column(column.field(), pa.array(values[column.name], column.type))
+    return table
+
+
+def _split(column: pa.ChunkedArray, lengths: npt.NDArray[np.int64]) -> list[list[float]]:
+    """One list of Python floats (float64) per row."""
+    flat, ends = pc.list_flatten(column).to_pylist(), lengths.cumsum().tolist()
+    return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+
+def _read_rows(rollouts: pa.Table) -> list[_Row]:
+    own = rollouts.column_names.count("teacher_prompt_ids") == 1
+    prompts = rollouts["prompt_ids"].to_pylist()
+    teachers = rollouts["teacher_prompt_ids"].to_pylist() if own else [None] * len(prompts)
+    responses = rollouts["response_ids"].to_pylist()
+    rows = []
+    for index, (prompt, teacher, response) in enumerate(zip(prompts, teachers, responses, strict=True)):
+        row = _Row(index, prompt, prompt if teacher is None else teacher, response)
+        if response and not (row.student_prompt and row.teacher_prompt):
+            text = "there is no prompt token to predict the first response token from"
+            raise DataError(text, where=f"row {index}", fix="remove this prompt, or use a chat template")
+        rows.append(row)
+    return rows
+
+
+def _content(row: _Row) -> tuple[list[int], list[int], list[int]]:
+    return row.response, row.student_prompt, row.teacher_prompt
+
+
+def _predicting_states(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Hidden states [T, D] at the positions that predict the response tokens of (prompt, response) rows, packed."""
+    device = model.get_input_embeddings().weight.device
+    # The last response token predicts nothing that was sampled, so it is not fed.
+    ids = [prompt + response[:-1] for prompt, response in rows]
+    length = max(map(len, ids))
+    ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=device)
+    mask_BL = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=device)
+    positions_L = torch.arange(length, device=device)
+    starts_B1 = torch.tensor([[len(prompt) - 1] for prompt, _ in rows], device=device)
+    predicts_BL = (positions_L >= starts_B1) & mask_BL.bool()
+    return hidden_states(model, ids_BL, mask_BL)[predicts_BL]
+
+
+def _signal_table(rows: list[dict[str, Array]]) -> pa.Table:
+    """Row-wise arrays to list columns with the types of the schema; a row without signals has empty lists."""
+    arrays = []
+    for column in SIGNALS:
+        parts = [row.get(column.name, np.zeros(0)) for row in rows]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+        values = pa.array(np.concatenate([np.zeros(0), *parts]), column.type.value_type, safe=False)
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), values).cast(column.type))
+    return pa.Table.from_arrays(arrays, schema=pa.schema([c.field() for c in SIGNALS]))

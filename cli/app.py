@@ -62,9 +62,8 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented fire.yaml into a new run directory."""
-    from fire_data.schemas.errors import ConfigError
-
     from fire_data.create import fork_run, init_run
+    from fire_data.schemas.errors import ConfigError
 
     given: dict[str, dict[str, Any]] = {
         "student": {"model": student}, "teacher": {"model": teacher}, "prompts": {"path": prompts},

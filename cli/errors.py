@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import typer
+
 from fire_data.schemas.errors import FireError
 
 P = ParamSpec("P")

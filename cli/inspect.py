@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from .terminal import show, show_one
+from .terminal import show, show_one, visible
 
 if TYPE_CHECKING:
     from fire_data.run import Run
     from fire_data.tokenview import Piece
 
-_NUMBERS = (
-    "weight",
-    "coefficient",
-    "advantage",
-    "student_logprob",
-    "teacher_logprob",
-    "student_entropy",
-    "teacher_entropy",
-)
-_FACTS = (
-    "trajectory_id",
-    "prompt_id",
-    "round",
-    "sample",
-    "step",
-    "finish_reason",
-    "answer",
-    "reward",
-    "keep",
-    "drop_reason",
-    "length",
-)
-_SHADES = (
-    "on grey11",
-    "on grey23",
-    "on grey35",
-    "on dark_green",
-    "on green4",
-    "on yellow4",
-    "on dark_orange3",
-    "on red3",
-)
+_NUMBERS = {
+    "weight": ("weight", "{:.3f}"),
+    "coef": ("coefficient", "{:+.1e}"),
+    "adv": ("advantage", "{:+.3f}"),
+    "logp S": ("student_logprob", "{:.3f}"),
+    "logp T": ("teacher_logprob", "{:.3f}"),
+    "H S": ("student_entropy", "{:.3f}"),
+    "H T": ("teacher_entropy", "{:.3f}"),
+    "rank T": ("teacher_rank", "{:d}"),
+}
+_FACTS = ("trajectory_id", "prompt_id", "round", "sample", "step", "finish_reason")
+_FACTS += ("answer", "reward", "keep", "drop_reason", "length")
+# Cividis, dark to light: the order is read from the brightness, so it does not need colour vision.
+_SHADES = ("white on #00204c", "white on #31446b", "white on #666970", "black on #958f78", "black on #cbba69")
+_SHADES += ("black on #ffe945",)
 
 
 def show_schema(as_json: bool) -> None:
@@ -68,42 +51,37 @@ def show_trajectory(run: Run, round: int, which: str, name: str | None, as_json:
         show_one(row, True)
         return
     show_one({k: row[k] for k in _FACTS if k in row}, False)
+    for message in row["messages"] or []:
+        typer.echo(f"{message['role']}: {visible(message['content'])}")
     found = pieces(load_tokenizer(run.config.student, run.root), row["response_ids"])
-    typer.echo("prompt    " + " | ".join(f"{m['role']}: {m['content']}" for m in row["messages"] or []))
-    _coloured(found, row)
-    columns = [c for c in _NUMBERS if c in row]
-    rows = [
-        {
-            "position": p.start,
-            "token": _visible(p.text),
-            "id": row["response_ids"][p.start],
-            **{c: row[c][p.start] for c in columns},
-        }
-        for p in found
-    ]
+    _coloured(found, row.get("weight") or [])
+    columns = {title: spec for title, spec in _NUMBERS.items() if spec[0] in row}
+    rows = []
+    for piece in found:
+        for i in range(piece.start, piece.stop):
+            # Tokens that only together make characters share one text, shown with the first of them.
+            values = {t: form.format(row[c][i]) for t, (c, form) in columns.items()}
+            rows.append(
+                {"": i, "token": piece.text if i == piece.start else "", "id": row["response_ids"][i], **values}
+            )
     show(rows, False)
 
 
-def _coloured(found: list[Piece], row: dict[str, Any]) -> None:
-    """The response with a background that grows with the weight; a legend gives the ends of the scale."""
+def _coloured(found: list[Piece], weights: list[float]) -> None:
+    """The response with a background that brightens with the weight; a legend gives the ends of the scale."""
     from rich.console import Console
     from rich.text import Text
 
-    weights = row.get("weight") or [0.0] * len(row["response_ids"])
     low, high = min(weights, default=0.0), max(weights, default=0.0)
     line = Text()
     for piece in found:
-        value = max(weights[piece.start : piece.stop])
+        value = max(weights[piece.start : piece.stop], default=low)
         shade = int((value - low) / (high - low) * (len(_SHADES) - 1)) if high > low else 0
-        line.append(_visible(piece.text), style=f"white {_SHADES[shade]}")
+        line.append(visible(piece.text), style=_SHADES[shade] if weights else "")
     console = Console()
     console.print(line, soft_wrap=True)
-    legend = Text(f"weight {low:.3g} ")
-    for style in _SHADES:
-        legend.append("  ", style=style)
-    console.print(legend.append(f" {high:.3g}"))
-
-
-def _visible(text: str) -> str:
-    """Control characters as their escapes: a response cannot steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if weights:
+        legend = Text(f"weight {low:.3g} ")
+        for style in _SHADES:
+            legend.append("  ", style=style)
+        console.print(legend.append(f" {high:.3g}"))

@@ -71,11 +71,18 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None
     names = list(dict.fromkeys(k for row in rows for k in row))
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for name in names:
-        numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        numeric = all(_numeric(row.get(name)) for row in rows)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for row in rows:
         table.add_row(*(text(row.get(n)) for n in names))
     Console(soft_wrap=False).print(table, markup=False)
+
+
+def _numeric(value: Any) -> bool:
+    """True for numbers, formatted ones included, and for nothing."""
+    if isinstance(value, str):
+        return value != "" and value.strip("+-.0123456789e") == ""
+    return value is None or isinstance(value, int | float)
 
 
 def show_one(values: dict[str, Any], as_json: bool) -> None:
@@ -100,4 +107,9 @@ def text(value: Any) -> str:
         return ", ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{k}={text(v)}" for k, v in value.items())
-    return str(value)
+    return visible(str(value))
+
+
+def visible(text: str) -> str:
+    """Control characters as their escapes: no response, prompt or file name can steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -40,7 +40,7 @@ def render(
     template = chat_template(tokenizer, cfg, base)
     arguments = {"add_generation_prompt": True, **cfg.chat_template_kwargs}
     try:
-        encoded = tokenizer.apply_chat_template(
+        encoded: Any = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=True, return_dict=True, **arguments
         )
     except TemplateSyntaxError as error:

@@ -160,7 +160,7 @@ def publish(scratch: Path, final: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_HARD_LINKS:
             raise
-        with locked(scratch.parent / f"{hashlib.sha256(str(final).encode()).hexdigest()[:16]}.lock"):
+        with locked(scratch.parent / "rename.lock"):
             if final.exists():
                 return False
             os.rename(scratch, final)

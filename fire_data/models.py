@@ -17,7 +17,7 @@ import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fire_data.schemas.config import ModelConfig
 from fire_data.schemas.errors import ConfigError, DataError, EngineError
@@ -68,7 +68,8 @@ def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> Pre
     _require_weights(folder)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr belongs to the command's own progress
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        model, info = loader.from_pretrained(
             folder,
             dtype=getattr(torch, dtype or cfg.dtype),
             use_safetensors=True,
@@ -204,7 +205,7 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         EngineError: the model's own forward gives other logits.
     """
-    matrix = model.get_output_embeddings()
+    matrix = cast(Any, model).get_output_embeddings()
     if matrix is None:
         raise EngineError(f"{type(model).__name__} has no output embeddings", fix="use a causal language model")
     config = model.config.get_text_config()
@@ -241,7 +242,7 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
         seen.append(output.last_hidden_state)
         return output
 
-    ids_BL = torch.arange(3, device=model.get_input_embeddings().weight.device)[None]
+    ids_BL = torch.arange(3, device=model.device)[None]
     hook = _body(model).register_forward_hook(enlarge)
     try:
         with torch.no_grad():
@@ -263,7 +264,7 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
 
 def _body(model: PreTrainedModel) -> Any:
     """The text model below the head: of a multimodal model its language part."""
-    body = model.get_decoder()
+    body = cast(Any, model).get_decoder()
     if body is None or body is model:
         raise EngineError(f"{type(model).__name__} has no model below its head", fix="use a causal language model")
     return body
@@ -291,17 +292,18 @@ def _folder(cfg: ModelConfig, base: Path, *, weights: bool = False) -> Path:
 
 
 def _download(cfg: ModelConfig, base: Path, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: that of its HTTP library
+    from huggingface_hub import errors, snapshot_download
+
+    http_error: type[Exception] = vars(errors)["HTTPError"]  # that of whichever HTTP library it uses
 
     patterns = _LIGHT + ["*.py"] * cfg.trust_remote_code + ["*.safetensors"] * weights
     where = cfg.model + (f" at revision {cfg.revision}" if cfg.revision else "")
     try:
         folder = snapshot_download(cfg.model, revision=cfg.revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         text = f"neither a folder nor a Hub id: {_line(error)}"
         raise DataError(text, where=str(base / cfg.model), fix="correct student.model / teacher.model") from None
-    except (OSError, HTTPError) as error:
+    except (OSError, http_error) as error:
         text = f"no such folder in {base}, and the Hub gave no model: {_line(error)}"
         fix = f"check the name and the network, or: hf download {cfg.model}"
         raise DataError(text, where=where, fix=fix) from None

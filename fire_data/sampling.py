@@ -81,7 +81,6 @@ def processed_logprobs(logits_BV: Tensor, sampling: Sampling) -> Tensor:
         ranked_BV = ranked_BV.softmax(dim=-1)
         before_BV = ranked_BV.cumsum(dim=-1) - ranked_BV
         outside_BV = (before_BV >= sampling.top_p).scatter(1, order_BV, before_BV >= sampling.top_p)
-        outside_BV.scatter_(1, order_BV[:, :1], False)
         logprobs_BV = logprobs_BV.masked_fill(outside_BV, float("-inf"))
         cut = True
     return torch.log_softmax(logprobs_BV, dim=-1) if cut else logprobs_BV

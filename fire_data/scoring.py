@@ -152,7 +152,7 @@ def _content(row: _Row) -> tuple[list[int], list[int], list[int]]:
 
 def _predicting_states(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Hidden states [T, D] at the positions that predict the response tokens of (prompt, response) rows, packed."""
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     # The last response token predicts nothing that was sampled, so it is not fed.
     ids = [prompt + response[:-1] for prompt, response in rows]
     length = max(map(len, ids))
@@ -170,6 +170,6 @@ def _signal_table(rows: list[dict[str, Array]]) -> pa.Table:
     for column in SIGNALS:
         parts = [row.get(column.name, np.zeros(0)) for row in rows]
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-        values = pa.array(np.concatenate([np.zeros(0), *parts]), column.type.value_type, safe=False)
-        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), values).cast(column.type))
+        values = np.concatenate([np.zeros(0), *parts]).astype(column.type.value_type.to_pandas_dtype())
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=column.type))
     return pa.Table.from_arrays(arrays, schema=pa.schema([c.field() for c in SIGNALS]))

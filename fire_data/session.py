@@ -133,7 +133,7 @@ class Session:
 
         if self._models.get(who, ("", None))[0] != key:
             self.release(who)
-            self.report.note(f"loading {who} {cfg.model}")
+            self.report.start(f"loading {who}", 1, "model")
             self._models[who] = (key, models.load_model(cfg, self.run.root))
         model: PreTrainedModel = self._models[who][1]
         return model

@@ -71,10 +71,10 @@ class Part:
     def receipt_path(self, shard: str) -> Path:
         return self.receipts / f"{shard}.json"
 
-    def lock(self, shard: str) -> Path:
-        """Held while a shard is published and receives its receipt."""
-        stage, round_ = self._path
-        return self.tmp / f"{stage.replace('/', '-')}-{round_}-{shard}.lock"
+    @property
+    def lock(self) -> Path:
+        """Held for the moment in which any shard of the run is published and receives its receipt."""
+        return self.tmp / "publish.lock"
 
     @property
     def command(self) -> str:
@@ -132,7 +132,7 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
             _write_parquet(scratch, table, fingerprint)
             files.fsync_file(scratch)
             receipt = _receipt(scratch, shard.name, table.num_rows, fingerprint, time.monotonic() - started)
-            with files.locked(part.lock(shard.name)):
+            with files.locked(part.lock):
                 other = read_receipt(part, shard.name)
                 if other is not None:
                     return other
@@ -211,7 +211,7 @@ def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
     path = part.file(shard.name)
     if not path.exists():
         return None
-    with files.storage_errors(path), files.locked(part.lock(shard.name)):
+    with files.storage_errors(path), files.locked(part.lock):
         existing = read_receipt(part, shard.name)
         if existing is not None:
             return existing

@@ -143,7 +143,7 @@ def _largest(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         top = logits_RV.max(1, keepdim=True)
         return top.values, top.indices
     whole = size // _TILE * _TILE
-    maxima = logits_RV[:, :whole].unflatten(1, (-1, _TILE)).amax(2)
+    maxima = logits_RV[:, :whole].view(len(logits_RV), -1, _TILE).amax(2)
     start_R1 = maxima.argmax(1, keepdim=True) * _TILE
     inside_RV = logits_RV.gather(1, start_R1 + torch.arange(_TILE, device=logits_RV.device))
     top = inside_RV.max(1, keepdim=True)

@@ -325,8 +325,8 @@ def _training_mode(model: PreTrainedModel, *, checkpointing: bool) -> Iterator[N
                 module.training = True
         yield
     finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+        for holder, name, value in changed:
+            setattr(holder, name, value)
         for each, training in was_training.items():
             each.training = training
 

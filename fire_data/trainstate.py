@@ -99,17 +99,17 @@ def prune_states(root: Path, keep: int) -> list[Path]:
     A damaged state is not removed: what is in it is unknown. Call it only from the process that trains.
     """
     assert keep >= 1, "the last state is what training continues from"
-    old = [path for _, _, path in sorted(_states(root), reverse=True)[keep:]]
     with storage_errors(root):
-        for path in old:
-            gone = path.with_name(f".{path.name}.gone")
-            remove(gone)
-            os.rename(path, gone)
         for path in sorted(root.iterdir()) if root.is_dir() else []:
             hidden = path.name.startswith(".") and path.suffix in (".tmp", ".gone")
             superseded = path.suffix == _REPLACED and path.with_suffix("").is_dir()
             if hidden or superseded:
                 remove(path)
+        old = [path for _, _, path in sorted(_states(root), reverse=True)[keep:]]
+        for path in old:
+            gone = path.with_name(f".{path.name}.gone")
+            os.rename(path, gone)
+            remove(gone)
     return old
 
 

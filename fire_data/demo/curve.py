@@ -34,16 +34,14 @@ def write_curve(folder: Path, tables: dict[str, list[dict[str, Any]]], sampled: 
         if row.get(key) is not None
     ]
     scale = alt.Scale(domain=list(tables), range=["#d55e00", "#0072b2"][: len(tables)])  # safe for colour-blind eyes
-    chart = (
-        alt.Chart(pl.DataFrame(points), width=640, height=340)
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("round:Q", title="rounds trained", axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("accuracy:Q", title="exact match", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
-            color=alt.Color("arm:N", scale=scale, title="rule"),
-            strokeDash=alt.StrokeDash("decoding:N", sort=["greedy", "temperature 1"], title="decoding"),
-        )
+    base = alt.Chart(pl.DataFrame(points), width=640, height=340).encode(
+        x=alt.X("round:Q", title="rounds trained", axis=alt.Axis(tickMinStep=1)),
+        y=alt.Y("accuracy:Q", title="exact match", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
+        color=alt.Color("arm:N", scale=scale, title="rule", legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3)),
+        detail="decoding:N",
     )
+    dash = alt.StrokeDash("decoding:N", sort=["greedy", "temperature 1"], title="decoding")
+    chart = base.mark_line().encode(strokeDash=dash) + base.mark_point(filled=True)
     chart.save(folder / "learning.svg")
     svg = (folder / "learning.svg").read_text(encoding="utf-8")
     page = folder / "learning.html"

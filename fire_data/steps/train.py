@@ -91,6 +91,7 @@ class _Training:
         self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
         self.head = models.head_of(self.model)
         self.optimizer = optim.make_optimizer(self.model, self.cfg)
+        self.ratio: dict[str, float] = {}
         self.global_step, self.done = self._restore()
 
     def finish(self) -> dict[str, Any]:
@@ -133,7 +134,8 @@ class _Training:
             "epoch": self.done // self.steps,
             "step": batch.step,
         }
-        metrics.append(log, place | numbers)
+        metrics.append(log, place | numbers | self.ratio)
+        self.ratio = {}
         self.global_step += 1
         self.done += 1
 
@@ -144,9 +146,7 @@ class _Training:
         exported = [self.cfg.export_dtype] if self.round else []
         tolerance = ratio_tolerance(self.cfg, self.run.config.student.dtype, *exported)
         found = ratio_check(self.model, self.head, batch, self.cfg, self.session.vocabulary, tolerance)
-        self.session.report.note(
-            f"ratio check: mean |log r| {found['ratio_mean_abs']:.2g} nats, tolerance {tolerance:g}"
-        )
+        self.ratio = {"ratio_check": found["ratio_mean_abs"], "ratio_tolerance": tolerance}
 
     def _save(self) -> None:
         from fire_data import trainstate
@@ -211,6 +211,7 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = sum(r["seconds"] for r in records)
     return {
         "skipped_steps": len(records) - len(done),
+        "ratio_check": records[0].get("ratio_check"),
         "loss_first": done[0]["loss"],
         "loss_last": done[-1]["loss"],
         "grad_norm_last": done[-1]["grad_norm"],

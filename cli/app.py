@@ -38,7 +38,7 @@ def _number(run: Run, chosen: int | None) -> int:
     return run.current_round() if chosen is None else chosen
 
 
-def _set_aside(run: Run, stage: str, number: int, redo: bool, name: str | None = None) -> None:
+def _set_aside(run: Run, stage: str, number: int | str, redo: bool, name: str | None = None) -> None:
     if not redo:
         return
     from fire_data.overview import redo as set_aside
@@ -193,6 +193,7 @@ def evaluate(
         int | None, typer.Option("--round", min=0, help="the student after this round; default: the last")
     ] = None,
     start: Annotated[bool, typer.Option("--start", help="the student before training")] = False,
+    redo: Redo = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -203,6 +204,7 @@ def evaluate(
 
     last = opened.current_round() - 1
     number = None if start or (round is None and last < 0) else last if round is None else round
+    _set_aside(opened, "evals", "start" if number is None else number, redo)
     with Terminal() as terminal:
         manifest = step(Session(opened, terminal), number)
     show_one({"round": "start" if number is None else number, **manifest.stats}, as_json)

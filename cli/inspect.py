@@ -22,10 +22,16 @@ _NUMBERS = {
     "H T": ("teacher_entropy", "{:.3f}"),
     "rank T": ("teacher_rank", "{:d}"),
 }
-_FACTS = ("trajectory_id", "prompt_id", "round", "sample", "step", "finish_reason")
+_FACTS: tuple[str, ...] = ("trajectory_id", "prompt_id", "round", "sample", "step", "finish_reason")
 _FACTS += ("answer", "reward", "keep", "drop_reason", "length")
 # Cividis, dark to light: the order is read from the brightness, so it does not need colour vision.
-_SHADES = ("white on #00204c", "white on #31446b", "white on #666970", "black on #958f78", "black on #cbba69")
+_SHADES: tuple[str, ...] = (
+    "white on #00204c",
+    "white on #31446b",
+    "white on #666970",
+    "black on #958f78",
+    "black on #cbba69",
+)
 _SHADES += ("black on #ffe945",)
 
 

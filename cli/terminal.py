@@ -72,7 +72,8 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for name in names:
         numeric = all(_numeric(row.get(name)) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+        widest = max((len(text(row.get(name))) for row in rows), default=0) if numeric else None
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=widest)
     for row in rows:
         table.add_row(*(text(row.get(n)) for n in names))
     Console(soft_wrap=False).print(table, markup=False)

@@ -7,16 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fire_data import files
-from fire_data.rules import RULES
 from fire_data.run import Run, open_run
-from fire_data.schemas.config import parse_config, render_config
+from fire_data.schemas.config import parse_config, parse_yaml, render_config
 from fire_data.schemas.errors import ConfigError
 from fire_data.shards import Part, read_manifest, verify_shard
 
 _SHARED = (("rollouts", 0), ("scores", 0), ("evals", "start"))
+_OWN = {"weigh", "train"}  # sections that may differ between arms that share rollouts and scores
 
 
 def init_run(root: Path, values: dict[str, Any]) -> Run:
@@ -25,27 +23,29 @@ def init_run(root: Path, values: dict[str, Any]) -> Run:
     Raises ConfigError if there is one already, or if a value is wrong.
     """
     target = root / "fire.yaml"
+    taken = ConfigError("there is a fire.yaml already", where=str(target), fix=f"edit it, then: fire rollout {root}")
     if target.exists():
-        raise ConfigError("there is a fire.yaml already", where=str(target), fix=f"edit it, then: fire rollout {root}")
+        raise taken
+    if root.exists() and not root.is_dir():
+        raise ConfigError("this is a file, not a folder", where=str(root), fix="fire init ANOTHER_FOLDER")
     anchored = _anchored(values, Path.cwd(), root)
     parse_config(anchored, str(target))
-    with files.storage_errors(target):
-        root.mkdir(parents=True, exist_ok=True)
-        scratch = files.temporary(root / ".fire" / "tmp", target.name)
-        files.write_bytes(scratch, render_config(anchored).encode())
-        files.publish(scratch, target)
-        scratch.unlink(missing_ok=True)
+    if not files.create_bytes(target, render_config(anchored).encode(), root / ".fire" / "tmp"):
+        raise taken
     return open_run(root)
 
 
 def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
     """A second arm: the source's configuration with `changes` to sections, and its round-0 rollouts, scores and
-    start evaluation by hard link, so that both arms begin with the same trajectories."""
+    start evaluation by hard link, so that both arms begin with the same trajectories.
+
+    Changes beyond weighing and training change the trajectories: then nothing is shared but the settings.
+    """
     values = source.config.model_dump(mode="json")
     for section, fields in changes.items():
-        values[section] = {**values[section], **fields} if isinstance(fields, dict) else fields
+        values[section] = {**(values[section] or {}), **fields} if isinstance(fields, dict) else fields
     run = init_run(root, _anchored(values, source.root, Path.cwd()))
-    for stage, number in _SHARED:
+    for stage, number in _SHARED if changes.keys() <= _OWN else ():
         _link(source.part(stage, number), run.part(stage, number))
     return run
 
@@ -57,7 +57,8 @@ def _anchored(values: dict[str, Any], base: Path, root: Path) -> dict[str, Any]:
     for section, key in [*places, ("prompts", "path"), ("eval", "prompts")]:
         value = (result.get(section) or {}).get(key)
         if isinstance(value, str) and not Path(value).expanduser().is_absolute() and (base / value).exists():
-            result[section][key] = os.path.relpath(base / value, root)
+            # Resolved, because `..` behind a symbolic link leads elsewhere than the text says.
+            result[section][key] = os.path.relpath(base.resolve() / value, root.resolve())
     return result
 
 
@@ -69,7 +70,7 @@ def _link(source: Part, target: Part) -> None:
     with files.storage_errors(target.folder):
         for receipt in manifest.shards:
             files.link_or_copy(verify_shard(source, receipt), target.file(receipt.shard))
-            files.link_or_copy(source.receipt_path(receipt.shard), target.receipt_path(receipt.shard))
+            files.create_json(target.receipt_path(receipt.shard), receipt.model_dump(mode="json"), target.tmp)
         files.link_or_copy(source.manifest_path, target.manifest_path)
 
 
@@ -80,16 +81,14 @@ def with_rule(
     given: dict[str, Any] = {}
     if rule is not None and rule != run.config.weigh.rule:
         given |= {"rule": rule, "params": {}, "name": None, "scope": None, "denominator": None}
-        if rule not in RULES and "=" in rule and name is None:
-            given["name"] = "expression"
     given |= {k: v for k, v in {"name": name, "scope": scope, "denominator": denominator}.items() if v is not None}
     values = run.config.model_dump(mode="json")
     values["weigh"] |= given
     for text in params:
         key, equals, value = text.partition("=")
-        if not equals:
+        if not equals or not key:
             raise ConfigError(f"--param takes key=value, not {text!r}", fix="-p percentile=30")
-        values["weigh"]["params"][key] = yaml.safe_load(value)
+        values["weigh"]["params"][key] = parse_yaml(value, f"the value of --param {key}")
     # What is trained stays what fire.yaml says: another rule on the command line is there to compare.
     values["train"]["weights"] = run.config.trained_weights
     return dataclasses.replace(run, config=parse_config(values, "the command line"))

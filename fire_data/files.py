@@ -15,13 +15,15 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fire_data.schemas.errors import DataError, StorageError
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_HOST = socket.gethostname().replace(".", "-")  # a dot ends it in the names of temporary files
 
 
 @contextlib.contextmanager
@@ -34,7 +36,7 @@ def storage_errors(where: Path | str) -> Iterator[None]:
             what, fix = "the disk is full", "free some space, then the same command again continues"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             what, fix = (
-                f"no permission to write: {error.strerror}",
+                f"no permission: {error.strerror}",
                 "make the run folder writable, then the same command again",
             )
         else:
@@ -49,12 +51,23 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make names created in, or removed from, a folder durable."""
+    """Make names created in, or removed from, a folder durable, where the file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder with its parents, each durable in the one above it."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        fsync_folder(path.parent)
 
 
 def fsync_file(path: Path) -> None:
@@ -69,7 +82,7 @@ def fsync_file(path: Path) -> None:
 def temporary(folder: Path, name: str) -> Path:
     """A fresh name in a temporary folder, marked with host and process so that leftovers of the dead can be told."""
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{name}"
+    return folder / f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}.{name}"
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -79,7 +92,7 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         host, _, rest = path.name.partition(".")
         pid = rest.partition(".")[0]
-        if host == socket.gethostname() and pid.isdigit() and not _alive(int(pid)):
+        if host == _HOST and pid.isdecimal() and not _alive(int(pid)):
             remove(path)
 
 
@@ -111,11 +124,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def replace_json(path: Path, value: Any, tmp: Path) -> None:
     """Atomically create or replace a JSON file."""
+    replace_bytes(path, _json_bytes(value), tmp)
+
+
+def replace_bytes(path: Path, data: bytes, tmp: Path) -> None:
+    """Atomically create or replace a file."""
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         scratch = temporary(tmp, path.name)
         try:
-            write_bytes(scratch, _json_bytes(value))
+            write_bytes(scratch, data)
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
@@ -124,11 +142,15 @@ def replace_json(path: Path, value: Any, tmp: Path) -> None:
 
 def create_json(path: Path, value: Any, tmp: Path) -> bool:
     """Atomically create a JSON file; False if one is already there, which is then left alone."""
+    return create_bytes(path, _json_bytes(value), tmp)
+
+
+def create_bytes(path: Path, data: bytes, tmp: Path) -> bool:
+    """Atomically create a file; False if one is already there, which is then left alone."""
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         scratch = temporary(tmp, path.name)
         try:
-            write_bytes(scratch, _json_bytes(value))
+            write_bytes(scratch, data)
             return publish(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
@@ -140,19 +162,20 @@ def _json_bytes(value: Any) -> bytes:
 
 def read_json(path: Path, what: str, fix: str | None = None) -> Any:
     """The value of a JSON file, None if there is none. Raises DataError for anything that is not JSON."""
+    with storage_errors(path):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} is not readable: {error}", where=str(path), fix=fix) from None
-    except OSError as error:
-        raise StorageError(f"{what} cannot be read: {error.strerror}", where=str(path)) from None
 
 
 def publish(scratch: Path, final: Path) -> bool:
     """Give a complete, fsynced file its final name without overwriting; False if the name is taken."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     try:
         os.link(scratch, final)
     except FileExistsError:
@@ -169,39 +192,54 @@ def publish(scratch: Path, final: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock that the kernel releases when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold an exclusive lock that the kernel releases when the process ends, however it ends.
+
+    `waiting` is called once if another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            f = stack.enter_context(path.open("w"))
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    waiting()
+                fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
 def set_aside(paths: list[Path], orphans: Path) -> None:
-    """Move files or folders out of sight, never delete: to a fresh folder under `orphans`."""
+    """Move files or folders of a run out of sight, never delete, in the order given.
+
+    Each keeps its place within the run under a fresh folder of `orphans` (`RUN/.fire/orphans`): it can be put back.
+    """
     present = [p for p in paths if p.exists()]
     if not present:
         return
+    root = orphans.parent.parent
     with storage_errors(orphans):
         target = orphans / secrets.token_hex(4)
-        target.mkdir(parents=True)
         for path in present:
-            os.rename(path, target / path.name)
+            place = target / os.path.relpath(path, root)
+            make_folder(place.parent)
+            os.rename(path, place)
+            fsync_folder(place.parent)
             fsync_folder(path.parent)
-        fsync_folder(target)
 
 
 def publish_folder(scratch: Path, final: Path) -> None:
     """Give a complete, synced folder its final name; the name must be free."""
     with storage_errors(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(final.parent)
         os.rename(scratch, final)
         fsync_folder(final.parent)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link under a new name; a synced copy where the file systems differ."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     try:
         os.link(source, target)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,4 @@ def rewind(path: Path, global_step: int, tmp: Path) -> None:
     if not path.exists():
         return
     kept = [r for r in read(path) if r.get("global_step", -1) < global_step]
-    scratch = files.temporary(tmp, path.name)
-    with files.storage_errors(path):
-        files.write_bytes(scratch, "".join(json.dumps(r) + "\n" for r in kept).encode())
-        os.replace(scratch, path)
-        files.fsync_folder(path.parent)
+    files.replace_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode(), tmp)

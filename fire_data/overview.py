@@ -7,7 +7,8 @@ from typing import Any
 
 from fire_data import files
 from fire_data.run import STAGES, Run
-from fire_data.schemas.manifest import Manifest
+from fire_data.schemas.errors import ConfigError, DataError
+from fire_data.schemas.manifest import Manifest, Receipt
 from fire_data.shards import Part, intact, read_manifest, read_receipt
 from fire_data.stages import set_stage_aside
 
@@ -18,7 +19,7 @@ def parts(run: Run) -> list[Part]:
     """Every stage of every round that was started, in the order in which they are made."""
     found = []
     names = weight_names(run)
-    if read_manifest(run.part("evals", "start")) is not None:
+    if run.part("evals", "start").manifest_path.exists():
         found.append(run.part("evals", "start"))
     for number in run.rounds():
         stages = [run.part(s, number) for s in ("rollouts", "scores")]
@@ -61,7 +62,9 @@ def next_command(run: Run) -> str:
     for stage in STAGES:
         manifest: Manifest | None = read_manifest(run.part(stage, number))
         if manifest is None or not manifest.sealed:
-            return f"fire {_VERBS[stage]} {run.root}"
+            part = run.part(stage, number)
+            made = part.name in (None, run.config.weights_name)
+            return f"fire {_VERBS[stage]} {run.root}" if made else part.command
     return f"fire run {run.root} --rounds {number + 1}"
 
 
@@ -71,19 +74,38 @@ def check(run: Run) -> list[dict[str, Any]]:
     for part in parts(run):
         manifest = read_manifest(part)
         assert manifest is not None
-        receipts = list(manifest.shards) or [r for s in manifest.plan if (r := read_receipt(part, s.name)) is not None]
+        receipts: list[Receipt] = list(manifest.shards)
+        for shard in () if receipts else manifest.plan:
+            try:
+                receipt = read_receipt(part, shard.name)
+            except DataError as error:
+                damage.append(_damage(part, shard.name, error.what, part.receipt_path(shard.name)))
+                continue
+            receipts += [receipt] if receipt is not None else []
         for receipt in receipts:
             path = part.folder / receipt.shard if part.stage == "checkpoints" else part.file(receipt.shard)
             if not intact(path, receipt):
                 what = "differs from its receipt" if path.exists() else "is missing"
-                damage.append(
-                    {"stage": part.label, "shard": receipt.shard, "what": what, "path": str(path), "fix": part.command}
-                )
+                damage.append(_damage(part, receipt.shard, what, path))
     return damage
 
 
-def redo(run: Run, stage: str, number: int, name: str | None = None) -> list[str]:
-    """Set a stage aside with everything that was made from it, later rounds included. Returns what was moved."""
+def _damage(part: Part, shard: str, what: str, path: Path) -> dict[str, Any]:
+    return {"stage": part.label, "shard": shard, "what": what, "path": str(path), "fix": part.command}
+
+
+def redo(run: Run, stage: str, number: int | str, name: str | None = None) -> list[str]:
+    """Set a stage aside with everything that was made from it, later rounds included. Returns what was moved.
+
+    Raises ConfigError, before anything is moved, if the training state that the round starts from is gone.
+    """
+    if not isinstance(number, int) or stage == "evals":
+        part = run.part("evals", number)  # nothing is made from an evaluation
+        there = part.manifest_path.exists()
+        set_stage_aside(part)
+        return [part.label] * there
+    if _lineage(run, stage, name):
+        _require_start(run, number)
     rest = STAGES[STAGES.index(stage) :]
     moved = []
     for part in reversed(parts(run)):
@@ -110,9 +132,21 @@ def _follows(run: Run, part: Part, stage: str, rest: tuple[str, ...], name: str 
     return part.stage in rest
 
 
+def _states(run: Run) -> list[tuple[int, Path]]:
+    """The round of every training state, and its folder; one that is being replaced has a suffix."""
+    folder: Path = run.root / ".fire" / "train"
+    found = sorted(folder.glob("step-*-round-*")) if folder.is_dir() else []
+    return [(int(p.name.rpartition("-")[2].partition(".")[0]), p) for p in found]
+
+
+def _require_start(run: Run, number: int) -> None:
+    rounds = [r for r, _ in _states(run)]
+    if number > 0 and rounds and number - 1 not in rounds:
+        text = f"round {number} cannot be trained again: the training state at the end of round {number - 1} is gone"
+        fix = "redo round 0, or train with --set train.keep_states=all from the start"
+        raise ConfigError(text, where=str(run.root / ".fire" / "train"), fix=fix)
+
+
 def _set_states_aside(run: Run, number: int) -> None:
     """Training states of a round that is done again, and of later ones."""
-    folder: Path = run.root / ".fire" / "train"
-    states = sorted(folder.glob("step-*-round-*")) if folder.is_dir() else []
-    late = [p for p in states if int(p.name.rpartition("-")[2]) >= number]
-    files.set_aside(late, run.root / ".fire" / "orphans")
+    files.set_aside([p for r, p in _states(run) if r >= number], run.root / ".fire" / "orphans")

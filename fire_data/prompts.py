@@ -5,6 +5,7 @@ A prompt has `messages` or `prompt`; `answer` and `teacher` are optional; all ot
 
 from __future__ import annotations
 
+import collections
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from fire_data.schemas.manifest import digest
 from fire_data.schemas.tables import arrow_schema, conform
 
 _HUB = "hf://datasets/"
+_CORRECT = "correct the prompts file, or take this prompt out"
 _KNOWN = ("prompt_id", "messages", "prompt", "answer", "teacher")
 
 
@@ -29,10 +31,13 @@ def read_prompts(path: str, base: Path, *, need_answer: bool = False) -> pa.Tabl
     """
     file = _download(path) if path.startswith(_HUB) else _local(path, base)
     given = _parquet_rows(file, path) if file.suffix == ".parquet" else _jsonl_rows(file, path)
-    rows = [_row(values, where, need_answer) for values, where in given]
+    rows, places = [], []
+    for values, where in given:
+        rows.append(_row(values, where, need_answer))
+        places.append(where)
     if not rows:
         raise DataError("there is no prompt in the file", where=path, fix='one JSON object a line: {"messages": [...]}')
-    _name(rows, path)
+    _name(rows, places)
     return conform(pa.Table.from_pylist(rows, schema=arrow_schema("prompts")), "prompts", path)
 
 
@@ -52,7 +57,9 @@ def _local(path: str, base: Path) -> Path:
     if not file.is_file():
         what = "is a folder, not a file" if file.is_dir() else "does not exist"
         raise ConfigError(
-            f"the prompts file {what}", where=str(file), fix="--set prompts.path=FILE (relative to the run folder)"
+            f"the prompts file {what}",
+            where=str(file),
+            fix="--set prompts.path=FILE (or eval.prompts; relative to the run folder)",
         )
     return file
 
@@ -70,7 +77,7 @@ def _download(path: str) -> Path:
     try:
         return Path(hf_hub_download(f"{owner}/{name}", inside, repo_type="dataset", revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        text = f"the Hub did not give the prompts: {str(error).splitlines()[0]}"
+        text = f"the Hub did not give the prompts: {(str(error).splitlines() or [type(error).__name__])[0]}"
         raise DataError(text, where=path, fix="check the name, the network and `hf auth login`") from None
 
 
@@ -81,33 +88,42 @@ def _jsonl_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line), where
+                yield json.loads(line, parse_constant=_no_number), where
             except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"not valid JSON: {error}", where=where, fix="one JSON object per line, UTF-8"
                 ) from None
 
 
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
 def _parquet_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
     try:
         table = pq.read_table(file, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"not a readable Parquet file: {error}", where=path) from None
+        fix = "copy the file again, or name a .jsonl file"
+        raise DataError(f"not a readable Parquet file: {error}", where=path, fix=fix) from None
     for number, row in enumerate(table.to_pylist()):
-        yield {k: v for k, v in row.items() if v is not None}, f"{path}, row {number}"
+        # NaN is how data frames write a missing value, and the one value that differs from itself.
+        yield {k: v for k, v in row.items() if v is not None and v == v}, f"{path}, row {number}"
 
 
 def _row(values: Any, where: str, need_answer: bool) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise DataError(f"a prompt is an object, not {type(values).__name__}", where=where)
+        fix = 'one JSON object a line: {"messages": [...]}'
+        raise DataError(f"a prompt is an object, not {type(values).__name__}", where=where, fix=fix)
     messages, prompt = values.get("messages"), values.get("prompt")
     if (messages is None) == (prompt is None):
         what = "neither `messages` nor `prompt`" if messages is None else "both `messages` and `prompt`"
         raise DataError(
-            f"the prompt has {what}; it has: {', '.join(values) or 'no field'}", where=where, fix="give one of them"
+            f"the prompt has {what}; it has: {', '.join(values) or 'no field'}",
+            where=where,
+            fix="give `messages` or `prompt`",
         )
     if prompt is not None and not isinstance(prompt, str):
-        raise DataError(f"`prompt` must be text, not {type(prompt).__name__}", where=where)
+        raise DataError(f"`prompt` must be text, not {type(prompt).__name__}", where=where, fix=_CORRECT)
     if messages is not None:
         _check_messages(messages, where)
     answer = values.get("answer")
@@ -124,18 +140,27 @@ def _row(values: Any, where: str, need_answer: bool) -> dict[str, Any]:
         "prompt": prompt,
         "answer": _scalar(answer, "answer", where),
         "teacher": _scalar(values.get("teacher"), "teacher", where),
-        "extra": json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str) if extra else None,
+        "extra": _as_json(extra, where),
     }
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise DataError("the prompt holds half of a surrogate pair, which is not text", where=where) from None
+        text = "the prompt holds half of a surrogate pair, which is not text"
+        raise DataError(text, where=where, fix=_CORRECT) from None
     return row
+
+
+def _as_json(extra: dict[str, Any], where: str) -> str | None:
+    try:
+        return json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str, allow_nan=False) if extra else None
+    except (TypeError, ValueError, RecursionError) as error:
+        text = f"the other fields ({', '.join(extra)}) cannot be kept as JSON: {error}"
+        raise DataError(text, where=where, fix=_CORRECT) from None
 
 
 def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise DataError("`messages` must be a list with at least one message", where=where)
+        raise DataError("`messages` must be a list with at least one message", where=where, fix=_CORRECT)
     for i, message in enumerate(messages):
         ok = (
             isinstance(message, dict)
@@ -143,7 +168,7 @@ def _check_messages(messages: Any, where: str) -> None:
             and isinstance(message.get("content"), str)
         )
         if not ok:
-            raise DataError(f"message {i} needs `role` and `content`, both text", where=where)
+            raise DataError(f"message {i} needs `role` and `content`, both text", where=where, fix=_CORRECT)
 
 
 def _scalar(value: Any, name: str, where: str) -> str | None:
@@ -151,22 +176,24 @@ def _scalar(value: Any, name: str, where: str) -> str | None:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"`{name}` must be text or a number, not {type(value).__name__}", where=where)
+    raise DataError(f"`{name}` must be text or a number, not {type(value).__name__}", where=where, fix=_CORRECT)
 
 
-def _name(rows: list[dict[str, Any]], path: str) -> None:
+def _name(rows: list[dict[str, Any]], places: list[str]) -> None:
     """Give prompts without an id a hash of messages and teacher, repeats a suffix; refuse explicit duplicates."""
-    explicit: dict[str, int] = {}
-    for i, row in enumerate(rows):
+    taken: dict[str, str] = {}
+    for row, where in zip(rows, places, strict=True):
         if row["prompt_id"] is not None:
-            if row["prompt_id"] in explicit:
-                first = explicit[row["prompt_id"]]
-                text = f"prompt_id {row['prompt_id']!r} is given twice, to prompts {first} and {i} (counted from 0)"
-                raise DataError(text, where=path, fix="make prompt_id unique, or leave it out")
-            explicit[row["prompt_id"]] = i
-    seen: dict[str, int] = {}
-    for row in rows:
+            if row["prompt_id"] in taken:
+                text = f"prompt_id {row['prompt_id']!r} is given twice, first in {taken[row['prompt_id']]}"
+                raise DataError(text, where=where, fix="make prompt_id unique, or leave it out")
+            taken[row["prompt_id"]] = where
+    seen: collections.Counter[str] = collections.Counter()
+    for row, where in zip(rows, places, strict=True):
         if row["prompt_id"] is None:
-            name = hash_text(row["messages"], row["prompt"], row["teacher"])
-            count = seen[name] = seen.get(name, 0) + 1
-            row["prompt_id"] = name if count == 1 else f"{name}-{count}"
+            name = hash_text(as_messages(row), row["teacher"])
+            # An explicit id may look like a hash, for example in prompts that were exported from a run.
+            while (candidate := name if seen[name] == 0 else f"{name}-{seen[name] + 1}") in taken:
+                seen[name] += 1
+            row["prompt_id"] = candidate
+            taken[candidate] = where

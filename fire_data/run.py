@@ -56,7 +56,7 @@ class Run:
                     "weights and scores are about different trajectories", where=part.label, fix=part.command
                 )
             frames.append(pl.concat([scores, weights.drop("trajectory_id")], how="horizontal"))
-        return pl.concat(frames)
+        return pl.concat(frames, how="diagonal")  # optional columns may differ between rounds
 
     def evals(self) -> pl.LazyFrame:
         """All evaluations, with a column `round` (-1: the student before training)."""
@@ -66,7 +66,7 @@ class Run:
             manifest = read_manifest(part)
             if manifest is not None and manifest.sealed:
                 files = [verify_shard(part, r) for r in manifest.shards]
-                frames.append(pl.scan_parquet(files).with_columns(round=pl.lit(number, dtype=pl.Int32)))
+                frames.append(pl.scan_parquet(files, glob=False).with_columns(round=pl.lit(number, dtype=pl.Int32)))
         if not frames:
             raise IncompleteError("there is no evaluation yet", where=str(self.root), fix=f"fire eval {self.root}")
         return pl.concat(frames)
@@ -116,7 +116,7 @@ class Run:
         for number in [round] if round is not None else self._sealed_rounds(stage, name):
             part = self.part(stage, number, name)
             files += [verify_shard(part, r) for r in sealed(part).shards]
-        return pl.scan_parquet(files)
+        return pl.scan_parquet(files, glob=False)
 
 
 def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Run:

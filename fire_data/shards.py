@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from fire_data import files
-from fire_data.schemas.errors import DamagedError, DataError, IncompleteError
+from fire_data.schemas.errors import DamagedError, DataError, FingerprintError, IncompleteError, StorageError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT
+from fire_data.schemas.tables import FORMAT, conform
 
 _T = TypeVar("_T", Manifest, Receipt)
 _ROW_GROUP_BYTES = 64 << 20  # the Hub's viewer refuses row groups over 286 MiB
@@ -80,9 +82,14 @@ class Part:
     def command(self) -> str:
         """The command that makes this stage."""
         verb = {"rollouts": "rollout", "scores": "score", "weights": "weigh", "checkpoints": "train", "evals": "eval"}
-        text = f"fire {verb[self.stage]} {self.root}"
-        text += f" --round {self.round}" if isinstance(self.round, int) else ""
-        return text + (f" --name {self.name}" if self.stage == "weights" and self.name else "")
+        text = f"fire {verb[self.stage]} {shlex.quote(str(self.root))}"
+        text += f" --round {self.round}" if isinstance(self.round, int) else f" --{self.round}"
+        if self.name is None:
+            return text
+        from fire_data.rules import RULES  # imported late: it is only needed for words
+
+        # Weights that are named as their rule are made by it, whatever rule the configuration names.
+        return f"{text} --{'rule' if self.name in RULES else 'name'} {shlex.quote(self.name)}"
 
 
 def read_manifest(part: Part) -> Manifest | None:
@@ -99,19 +106,16 @@ def read_receipt(part: Part, shard: str) -> Receipt | None:
 
 
 def _record(kind: type[_T], value: object, path: Path, fix: str) -> _T:
+    found = value.get("format") if isinstance(value, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        text = f"format {found} is newer than this version reads ({FORMAT})"
+        raise DataError(text, where=str(path), fix="pip install --upgrade fire-opd")
     try:
-        record = kind.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise DataError(
-            f"not a {kind.__name__.lower()}: {error.errors()[0]['msg']}", where=str(path), fix=fix
-        ) from None
-    if isinstance(record, Manifest) and record.format > FORMAT:
-        raise DataError(
-            f"format {record.format} is newer than this version reads ({FORMAT})",
-            where=str(path),
-            fix="upgrade fire-opd",
-        )
-    return record
+        first = error.errors()[0]
+        text = f"not a {kind.__name__.lower()}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DataError(text, where=str(path), fix=fix) from None
 
 
 def sealed(part: Part) -> Manifest:
@@ -124,25 +128,38 @@ def sealed(part: Part) -> Manifest:
 
 
 def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, started: float) -> Receipt:
-    """Commit one shard: temporary file, fsync, re-open and count, publish, receipt. A lost race discards our copy."""
-    scratch = files.temporary(part.tmp, f"{shard.name}.parquet")
+    """Commit one shard: temporary file, fsync, re-open and count, publish, receipt. A lost race discards our copy.
+
+    Raises FingerprintError if the stage was set aside meanwhile: what was made for it must not enter another.
+    """
     final = part.file(shard.name)
     with files.storage_errors(final):
+        scratch = files.temporary(part.tmp, f"{shard.name}.parquet")
         try:
             _write_parquet(scratch, table, fingerprint)
             files.fsync_file(scratch)
             receipt = _receipt(scratch, shard.name, table.num_rows, fingerprint, time.monotonic() - started)
             with files.locked(part.lock):
+                require_current(part, fingerprint)
                 other = read_receipt(part, shard.name)
-                if other is not None:
+                if other is not None and other.fingerprint == fingerprint:
                     return other
+                # What is there without a receipt of this stage's is not ours: a writer of a stage set aside, say.
+                files.set_aside([final, part.receipt_path(shard.name)], part.orphans)
                 if not files.publish(scratch, final):
-                    files.set_aside([final], part.orphans)
-                    files.publish(scratch, final)
+                    raise StorageError("a file appeared where a shard goes", where=str(final), fix=part.command)
                 files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
         finally:
             scratch.unlink(missing_ok=True)
     return receipt
+
+
+def require_current(part: Part, fingerprint: str) -> None:
+    """Raise FingerprintError unless the stage that is open or sealed now is the one with this fingerprint."""
+    manifest = read_manifest(part)
+    if manifest is None or manifest.fingerprint != fingerprint:
+        text = f"{part.label} was set aside by another command while this one worked on it"
+        raise FingerprintError(text, where=str(part.manifest_path), fix=part.command)
 
 
 def _write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
@@ -175,7 +192,7 @@ def _receipt(path: Path, shard: str, rows: int, fingerprint: str, seconds: float
     schema = pq.read_schema(path)
     leader = next((c for c in ("response_ids", "weight") if c in schema.names), None)
     if leader:
-        tokens = sum(len(x) for x in pq.read_table(path, columns=[leader])[leader].combine_chunks().tolist())
+        tokens = pc.sum(pc.list_value_length(pq.read_table(path, columns=[leader])[leader])).as_py() or 0
     return Receipt(
         shard=shard, sha256=files.sha256_file(path), bytes=path.stat().st_size, rows=rows, tokens=tokens,
         fingerprint=fingerprint, versions=versions(), seconds=round(seconds, 3),
@@ -196,17 +213,16 @@ def versions() -> dict[str, str]:
 
 
 def intact(path: Path, receipt: Receipt) -> bool:
-    """True if a file is there with the very bytes of its receipt."""
-    try:
-        return path.stat().st_size == receipt.bytes and files.sha256_file(path) == receipt.sha256
-    except FileNotFoundError:
-        return False
+    """True if a file is there with the very bytes of its receipt. Raises StorageError if it cannot be read."""
+    with files.storage_errors(path):
+        return path.is_file() and path.stat().st_size == receipt.bytes and files.sha256_file(path) == receipt.sha256
 
 
 def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
     """Give a complete shard that lost its writer before the receipt one; set anything else aside.
 
-    Every page is read with its checksum, so a damaged or foreign file is not adopted.
+    Adopted is only what writing its own content again gives byte for byte: checksums cover pages, not the statistics
+    beside them, by which readers skip rows.
     """
     path = part.file(shard.name)
     if not path.exists():
@@ -215,21 +231,30 @@ def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
         existing = read_receipt(part, shard.name)
         if existing is not None:
             return existing
-        try:
-            table = pq.read_table(path, page_checksum_verification=True)
-        except (pa.ArrowException, OSError, ValueError):
-            table = None
-        found = (
-            (table.schema.metadata or {}).get(b"fire.fingerprint", b"").decode("utf-8", "replace")
-            if table is not None
-            else ""
-        )
-        if table is None or found != fingerprint:
+        table = _parsed(path.read_bytes(), part.stage)
+        if table is None or not _writes_the_same(part, path, table, fingerprint):
             files.set_aside([path], part.orphans)
             return None
         receipt = _receipt(path, shard.name, table.num_rows, fingerprint, 0.0)
         files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
         return receipt
+
+
+def _parsed(data: bytes, stage: str) -> pa.Table | None:
+    """The table in a Parquet file's bytes; None if there is none that is one of this stage."""
+    try:
+        return conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), stage, "")
+    except (pa.ArrowException, OSError, DataError):  # a page checksum that differs is an OSError
+        return None
+
+
+def _writes_the_same(part: Part, path: Path, table: pa.Table, fingerprint: str) -> bool:
+    scratch = files.temporary(part.tmp, path.name)
+    try:
+        _write_parquet(scratch, table, fingerprint)
+        return files.sha256_file(scratch) == files.sha256_file(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def verify_shard(part: Part, receipt: Receipt) -> Path:

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from fire_data import files
-from fire_data.schemas.errors import FingerprintError
+from fire_data.schemas.errors import DataError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, differences, digest
-from fire_data.shards import Part, adopt, intact, read_manifest, read_receipt, write_shard
+from fire_data.shards import Part, adopt, intact, read_manifest, read_receipt, require_current, write_shard
 
 
 class Reporter(Protocol):
@@ -68,10 +68,13 @@ def open_stage(stage: Stage) -> Manifest:
     if found is None and files.create_json(part.manifest_path, fresh.model_dump(mode="json"), part.tmp):
         return fresh
     found = found or read_manifest(part)
-    assert found is not None
+    if found is None:
+        raise FingerprintError(
+            f"{part.label} was set aside by another command", where=str(part.folder), fix=part.command
+        )
     if found.fingerprint != stage.fingerprint:
         changed = differences(found.fields, stage.fields)
-        text = f"{part.label} was started with other settings: " + "; ".join(changed)
+        text = f"{part.label} was started with other settings: " + "; ".join(changed or ["the recorded fields"])
         fix = f"set them back, or make it anew: {part.command} --redo"
         raise FingerprintError(text, where=str(part.manifest_path), fix=fix)
     return found
@@ -91,7 +94,7 @@ def run_stage(
     files.remove_leftovers(part.tmp)
     manifest = open_stage(stage)
     receipts = {shard.name: _existing(part, shard, manifest, report) for shard in manifest.plan}
-    if manifest.sealed and all(receipts.values()):
+    if manifest.sealed and [r.sha256 if r else None for r in receipts.values()] == [r.sha256 for r in manifest.shards]:
         return manifest
     report.start(part.label, sum(s.stop - s.start for s in manifest.plan), "rows")
     for shard in manifest.plan:
@@ -109,24 +112,49 @@ def seal(
     """Replace the open manifest by the sealed one: from now on later stages accept this one."""
     values = {"state": "sealed", "shards": tuple(receipts), "stats": stats, "recorded": recorded}
     finished = manifest.model_copy(update=values)
-    files.replace_json(part.manifest_path, finished.model_dump(mode="json"), part.tmp)
+    with files.locked(part.lock):
+        require_current(part, manifest.fingerprint)
+        files.replace_json(part.manifest_path, finished.model_dump(mode="json"), part.tmp)
     return finished
 
 
 def _existing(part: Part, shard: Shard, manifest: Manifest, report: Reporter) -> Receipt | None:
     """The receipt of a shard that needs no work; a damaged shard or foreign receipt is set aside."""
-    receipt = read_receipt(part, shard.name)
-    if receipt is None:
-        return adopt(part, shard, manifest.fingerprint)
-    if receipt.fingerprint == manifest.fingerprint and intact(part.file(shard.name), receipt):
+    receipt = _holds(part, shard, manifest)
+    if receipt is not None:
         return receipt
-    report.warn(f"{part.label}: shard {shard.name} is damaged or missing and is made again")
-    # The file goes first: a receipt without its file is damage, a file without receipt could be adopted.
-    files.set_aside([part.file(shard.name), part.receipt_path(shard.name)], part.orphans)
-    return None
+    if part.receipt_path(shard.name).exists():
+        with files.locked(part.lock):
+            # Looked at again under the lock: another process may have made it whole since.
+            receipt = _holds(part, shard, manifest)
+            if receipt is not None:
+                return receipt
+            if _readable(part, shard) is None:
+                report.warn(f"{part.label}: the receipt of shard {shard.name} cannot be read")
+                files.set_aside([part.receipt_path(shard.name)], part.orphans)
+            else:
+                report.warn(f"{part.label}: shard {shard.name} is damaged or missing and is made again")
+                # The file goes first: a receipt without its file is damage, a file without receipt could be adopted.
+                files.set_aside([part.file(shard.name), part.receipt_path(shard.name)], part.orphans)
+    return adopt(part, shard, manifest.fingerprint)
+
+
+def _readable(part: Part, shard: Shard) -> Receipt | None:
+    try:
+        return read_receipt(part, shard.name)
+    except DataError:
+        return None
+
+
+def _holds(part: Part, shard: Shard, manifest: Manifest) -> Receipt | None:
+    """The receipt of a shard that is there and whole; None for any other state."""
+    receipt = _readable(part, shard)
+    if receipt is None or receipt.fingerprint != manifest.fingerprint or not intact(part.file(shard.name), receipt):
+        return None
+    return receipt
 
 
 def set_stage_aside(part: Part) -> None:
     """Move a stage's manifest, receipts and shards to the orphans, the manifest first: half-removed is not sealed."""
-    for path in (part.manifest_path, part.receipts, part.folder):
-        files.set_aside([path], part.orphans)
+    with files.locked(part.lock):
+        files.set_aside([part.manifest_path, part.receipts, part.folder], part.orphans)

@@ -48,7 +48,7 @@ def trajectory(run: Run, round: int, which: str, name: str | None) -> dict[str, 
     """
     lf = _best_table(run, round, name).with_row_index("row")
     chosen = lf.filter(pl.col("trajectory_id").str.starts_with(which))
-    if which.isdigit() and len(which) < 8:
+    if which.isdecimal() and len(which) < 8:
         chosen = lf.filter(pl.col("row") == int(which))
     found = chosen.head(2).collect()
     if found.height != 1:

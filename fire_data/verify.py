@@ -16,7 +16,8 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"verify.pattern is not a regular expression: {error}", where=repr(pattern)) from None
+        text = f"verify.pattern is not a regular expression: {error}"
+        raise ConfigError(text, where=repr(pattern), fix="--set verify.pattern='# (.*)'") from None
 
 
 def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:

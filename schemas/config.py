@@ -6,6 +6,7 @@ Fields marked `perf` are recorded but do not enter a stage's fingerprint: they c
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,9 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scope = Literal["trajectory", "group", "step", "round"]
 Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
 Normalise = Literal["none", "trajectory", "step", "round"]
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # a folder under weights/, not a path
+_LARGEST = 100_000  # values in a fire.yaml, aliases counted as often as they are used
 
 
 def _field(default: Any, description: str, **kwargs: Any) -> Any:
@@ -111,7 +115,7 @@ class WeighConfig(Section):
     rule: str | dict[str, str] = _field(
         "fire", "a name from `fire rules`, or {keep:, weight:, advantage:} as SQL expressions"
     )
-    name: str | None = _field(None, "folder under weights/; null: the rule's name")
+    name: str | None = _field(None, "folder under weights/; null: the rule's name", pattern=_NAME)
     params: dict[str, Any] = _field({}, "the rule's parameters, e.g. {percentile: 20, alpha: 1.0}")
     scope: Scope | None = _field(None, "scope of every statistic: trajectory, group, step, round; null: the rule's own")
     denominator: Denominator | None = _field(
@@ -127,7 +131,7 @@ class WeighConfig(Section):
 class TrainConfig(Section):
     """How the coefficients are executed."""
 
-    weights: str | None = _field(None, "folder under weights/ to train on; null: weigh.name or the rule")
+    weights: str | None = _field(None, "folder under weights/ to train on; null: weigh.name or the rule", pattern=_NAME)
     batch_size: int | None = _field(
         64, "trajectories per optimizer step; null: the whole round (the paper's setting)", ge=1
     )
@@ -160,6 +164,8 @@ class TrainConfig(Section):
     def _decay_needs_an_end(self) -> TrainConfig:
         if self.schedule != "constant" and self.total_steps is None:
             raise ValueError(f"schedule {self.schedule} needs total_steps")
+        if self.total_steps is not None and self.total_steps <= self.warmup_steps:
+            raise ValueError(f"total_steps {self.total_steps} must be more than warmup_steps {self.warmup_steps}")
         return self
 
 
@@ -173,6 +179,12 @@ class EvalConfig(Section):
     k: tuple[int, ...] = _field((1,), "k of pass@k, each at most n")
     temperature: float = _field(1.0, "sampling temperature", gt=0)
     max_new_tokens: int | None = _field(None, "longest answer; null: rollout.max_new_tokens", ge=1)
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> EvalConfig:
+        if not self.greedy and not self.n:
+            raise ValueError("greedy: false with n: 0 leaves nothing to evaluate")
+        return self
 
 
 class Config(Section):
@@ -201,7 +213,8 @@ class Config(Section):
     def weights_name(self) -> str:
         """The folder under `weights/` that `weigh` writes."""
         rule = self.weigh.rule
-        return self.weigh.name or (rule if isinstance(rule, str) else "expression")
+        named = isinstance(rule, str) and "=" not in rule
+        return self.weigh.name or (str(rule) if named else "expression")
 
     @property
     def trained_weights(self) -> str:
@@ -217,16 +230,53 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     except FileNotFoundError:
         raise ConfigError("there is no fire.yaml", where=where, fix=f"fire init {path.parent}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"fire.yaml cannot be read: {error}", where=where) from None
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"fire.yaml is not valid YAML: {error}", where=where) from None
+        fix = "give the run directory that `fire init` made"
+        raise ConfigError(f"fire.yaml cannot be read: {error}", where=where, fix=fix) from None
+    values = parse_yaml(text, "fire.yaml", where)
     if not isinstance(values, dict):
         raise ConfigError("fire.yaml must hold keys and values", where=where, fix=f"fire init {path.parent}")
+    for name, field in Config.model_fields.items():
+        # A section whose keys are all commented out is one without changes.
+        if name in values and values[name] is None and _section_of(field.annotation) is field.annotation:
+            values[name] = {}
     for override in overrides:
         _override(values, override)
     return parse_config(values, where)
+
+
+def parse_yaml(text: str, what: str, where: str | None = None) -> Any:
+    """The plain value of YAML text. Raises ConfigError for bad YAML, a key given twice, or aliases without end."""
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{what} is not valid YAML: {error}", where=where, fix="correct the YAML") from None
+    pending, count = [value], 0
+    while pending:
+        node = pending.pop()
+        count += 1
+        pending += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if count > _LARGEST:
+            text = f"{what} is too large: more than {_LARGEST} values"
+            raise ConfigError(text, where=where, fix="write values instead of YAML aliases (*name)")
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error: the later one would silently replace a whole section."""
+
+
+def _unique_keys(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_keys)
 
 
 def parse_config(values: dict[str, Any], where: str) -> Config:
@@ -240,18 +290,17 @@ def parse_config(values: dict[str, Any], where: str) -> Config:
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"--set takes key=value, not {override!r}", fix="--set train.lr=1e-5")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"the value of --set {override!r} is not valid YAML: {error}") from None
+    value = parse_yaml(text, f"the value of --set {key}")
     node = values
     *parents, last = key.split(".")
     for part in parents:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {key}: {part} is not a section")
+            raise ConfigError(f"--set {key}: {part} is not a section", fix=f"--set {part}=VALUE")
     node[last] = value
 
 
@@ -264,7 +313,9 @@ def _explain(error: ErrorDetails) -> str:
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
     if error["type"] == "missing":
         return f"{key!r} is missing"
-    return f"{key!r}: {error['msg']}" + ("" if isinstance(error["input"], dict) else f", not {error['input']!r}")
+    return f"{key!r}: {error['msg']}" + (
+        "" if isinstance(error["input"], dict) else f", not {reprlib.repr(error['input'])}"
+    )
 
 
 def _known_keys(path: list[str]) -> list[str]:
@@ -284,6 +335,10 @@ def render_config(values: dict[str, Any]) -> str:
     for name, field in Config.model_fields.items():
         given = values.get(name)
         section = _section_of(field.annotation)
+        if given is None and section is not None and section is not field.annotation:
+            lines += ["", f"# {(section.__doc__ or '').strip()} null: none; else keys as for the others."]
+            lines.append(f"{name}: null")
+            continue
         if section is None:
             lines.append(_line(name, field.default if given is None else given, field.description, ""))
             continue
@@ -303,5 +358,8 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 def _line(key: str, value: Any, description: str | None, indent: str) -> str:
     plain = list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(plain, default_flow_style=True, width=10_000).strip().removesuffix("...").strip()
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10**9, allow_unicode=True)
+    text = text.removesuffix("\n").removesuffix("\n...")
+    if len(text.splitlines()) > 1:  # line breaks inside a value: as escapes
+        text = yaml.safe_dump(plain, default_flow_style=True, width=10**9, default_style='"').strip()
     return f"{indent}{key}: {text}" + (f"  # {description}" if description else "")

@@ -160,6 +160,9 @@ def conform(data: pa.Table, table: str, where: str) -> pa.Table:
     for it in the weights table), and floats that are not finite.
     """
     columns = [c for c in TABLES[table] if c.name in data.column_names or not c.optional]
+    twice = [c.name for c in columns if data.column_names.count(c.name) > 1]
+    if twice:
+        raise DataError(f"column {twice[0]!r} is there twice", where=where)
     missing = [c.name for c in columns if c.name not in data.column_names and not c.nullable]
     if missing:
         raise DataError(f"column {missing[0]!r} is missing; there are: {', '.join(data.column_names)}", where=where)
@@ -185,6 +188,11 @@ def _column(data: pa.Table, column: Column, where: str) -> pa.ChunkedArray:
         raise DataError(f"column {column.name!r} has no value", where=f"{where}, row {row}")
     if column.per != "row":
         _check_values(array, column, where)
+    elif pa.types.is_floating(array.type):
+        bad = pc.fill_null(pc.invert(pc.is_finite(array)), False)
+        if pc.any(bad).as_py():
+            row = pc.index(bad, True).as_py()
+            raise DataError(f"column {column.name!r} holds {array[row].as_py()}", where=f"{where}, row {row}")
     return array
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from fire_data.schemas.errors import DataError, EngineError
 from scipy import stats
 from transformers import (
     GPT2Config,
@@ -22,8 +23,9 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from fire_data import generate
-from fire_data.generate import Sample, TransformersGenerator, admit
+from fire_data.generate import RoomyLayer, Sample, TransformersGenerator, admit
 from fire_data.sampling import Sampling
+from fire_data.schemas.errors import DataError, EngineError
 from fire_data.vocabulary import Vocabulary, mask_logits
 
 VOCAB = 60
@@ -91,6 +93,11 @@ def full_logprobs(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarr
     return mask_logits(logits_LV, vocabulary()).log_softmax(dim=-1)
 
 
+def picked(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Logprob of every response token, from one plain forward: [n]."""
+    return full_logprobs(model, prompt, response)[torch.arange(len(response)), response].numpy()
+
+
 def assert_same(one: Sample, other: Sample, tolerance: float = 1e-9) -> None:
     assert one.ids.tolist() == other.ids.tolist()
     assert one.finish_reason == other.finish_reason
@@ -112,22 +119,9 @@ def test_sample_does_not_depend_on_its_neighbours(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollout_logprob_equals_a_plain_full_forward(family: str) -> None:
     model, asked = tiny(family), prompts(20)
-    for asked_i, sample in zip(
-        asked, engine(model, 7).samples(names(20), asked, Sampling(2, max_new_tokens=20)), strict=True
-    ):
-        expected_TV = full_logprobs(model, asked_i, sample.ids)
-        picked_T = expected_TV.gather(1, torch.as_tensor(sample.ids, dtype=torch.int64)[:, None])[:, 0]
-        np.testing.assert_allclose(sample.logprobs, picked_T.numpy(), rtol=0, atol=1e-9)
-
-
-def test_float32_samples_agree_with_a_full_forward_too() -> None:
-    model, asked = tiny(dtype=torch.float32), prompts(20)
-    answer = engine(model, 7).generate(table(names(20), asked), Sampling(2, max_new_tokens=20))
-    for asked_i, ids, logprobs in zip(
-        asked, *(answer[c].to_pylist() for c in ("response_ids", "rollout_logprob")), strict=True
-    ):
-        expected_TV = full_logprobs(model, asked_i, np.array(ids))
-        np.testing.assert_allclose(logprobs, expected_TV[torch.arange(len(ids)), ids].numpy(), atol=2e-5)
+    samples = engine(model, 7).samples(names(20), asked, Sampling(2, max_new_tokens=20))
+    for prompt, sample in zip(asked, samples, strict=True):
+        np.testing.assert_allclose(sample.logprobs, picked(model, prompt, sample.ids), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -311,6 +305,8 @@ def test_unusable_prompts_are_named(bad: np.ndarray, message: str) -> None:
 def test_prompt_and_response_may_fill_the_model_exactly() -> None:
     [sample] = engine(tiny("gpt2"), 1, frozenset()).samples(["t"], [np.arange(2, 30)], Sampling(1, max_new_tokens=100))
     assert len(sample.ids) == 100
+    with pytest.raises(DataError, match="29 prompt tokens and 100 new ones"):
+        engine(tiny("gpt2"), 1).samples(["t"], [np.arange(2, 31)], Sampling(1, max_new_tokens=100))
 
 
 def test_logits_that_are_not_finite_name_the_trajectory() -> None:
@@ -320,3 +316,56 @@ def test_logits_that_are_not_finite_name_the_trajectory() -> None:
     with pytest.raises(EngineError, match="not finite") as caught:
         engine(model, 4).samples(names(2), [np.array([5]), np.array([7])], Sampling(1, max_new_tokens=9))
     assert "trajectory-1" in str(caught.value)
+
+
+def test_window_caches_run_in_waves_and_full_caches_are_refilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: dict[str, list[tuple[int, int]]] = {"mistral-window": [], "qwen3": []}
+    plain = TransformersGenerator.forward
+    for family, shapes in batches.items():
+
+        def spy(self: TransformersGenerator, ids: torch.Tensor, *rest: Any, log: list[Any] = shapes) -> torch.Tensor:
+            log.append(tuple(ids.shape))
+            return plain(self, ids, *rest)
+
+        monkeypatch.setattr(TransformersGenerator, "forward", spy)
+        asked = [np.array([5 + i, 6, 7]) for i in range(40)]
+        engine(tiny(family), 8).samples(names(40), asked, Sampling(1, max_new_tokens=30))
+    waves = [rows for rows, width in batches["mistral-window"] if width > 1]
+    refills = [rows for rows, width in batches["qwen3"] if width > 1]
+    assert waves == [8, 8, 8, 8, 8]
+    assert refills[0] == 8
+    assert len(refills) > 5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_float32_logprobs_equal_a_full_forward_for_every_attention(attention: str) -> None:
+    model, asked = tiny(dtype=torch.float32), prompts(20)
+    model.set_attn_implementation(attention)
+    samples = engine(model, 6).samples(names(20), asked, Sampling(2, max_new_tokens=40))
+    for prompt, sample in zip(asked, samples, strict=True):
+        np.testing.assert_allclose(sample.logprobs, picked(model, prompt, sample.ids), rtol=0, atol=2e-5)
+
+
+def test_cache_room_grows_for_long_responses() -> None:
+    model, asked = tiny("gpt2"), prompts(10)
+    samples = engine(model, 4, frozenset({3})).samples(names(10), asked, Sampling(6, max_new_tokens=110))
+    assert max(len(sample.ids) for sample in samples) > 80
+    for prompt, sample in zip(asked, samples, strict=True):
+        np.testing.assert_allclose(sample.logprobs, picked(model, prompt, sample.ids), rtol=0, atol=1e-9)
+
+
+def test_cache_room_holds_what_plain_concatenation_would() -> None:
+    def states(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, 2, columns, 3, generator=torch.Generator().manual_seed(rows * 100 + columns))
+
+    layer = RoomyLayer()
+    layer.absorb(states(2, 4), states(2, 4) + 1)
+    for _ in range(50):
+        keys, values = layer.update(states(2, 1), states(2, 1) + 1)
+    layer.absorb(states(3, 70), states(3, 70) + 1)
+    assert layer.keys.shape == (5, 2, 70, 3)
+    assert torch.equal(layer.keys[:2, :, 16:], torch.cat([states(2, 4), *[states(2, 1)] * 50], dim=2))
+    assert torch.equal(layer.keys[2:], states(3, 70))
+    layer.keep(4, torch.tensor([1]), torch.tensor([4]), crop=16)
+    assert torch.equal(layer.keys, torch.cat([keys[:1], states(3, 70)[2:, :, 16:], states(3, 70)[:2, :, 16:]]))
+    assert torch.equal(layer.values[:1], values[:1])

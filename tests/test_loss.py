@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from fire_data.schemas.errors import DataError
 
 from fire_data.loss import add_statistics, ratio_statistics, surrogate_loss
+from fire_data.schemas.errors import DataError
 
 GOLDEN = pl.read_parquet(Path(__file__).parent / "golden" / "fire_reference.parquet")
 CASES = GOLDEN["case"].unique(maintain_order=True).to_list()
@@ -86,6 +86,11 @@ def test_clip_removes_the_gradient_on_the_profitable_side_only() -> None:
     surrogate_loss(log_ratio, torch.zeros(4, dtype=torch.float64), coefficient, 0.2).backward()
     expected = torch.tensor([0.0, -math.exp(-0.5), math.exp(0.5), 0.0], dtype=torch.float64)
     torch.testing.assert_close(log_ratio.grad, expected)
+    counts = [
+        ratio_statistics(x[None], torch.zeros(1), c[None], 0.2)["clipped"].item()
+        for x, c in zip(log_ratio, coefficient, strict=True)
+    ]
+    assert counts == [1, 0, 0, 1]
 
 
 def test_dual_clip_bounds_the_loss_of_negative_coefficients_only() -> None:

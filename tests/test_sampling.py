@@ -7,10 +7,10 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from fire_data.schemas.errors import ConfigError
 from scipy import stats
 
 from fire_data.sampling import Sampling, processed_logprobs, sample_tokens, uniforms
+from fire_data.schemas.errors import ConfigError
 
 DRAWS = 20_000
 

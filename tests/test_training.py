@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fire_data.schemas.config import TrainConfig
-from fire_data.schemas.errors import DamagedError, DataError, StorageError, TrainingError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -35,6 +34,8 @@ from transformers import (
 from fire_data import packing, training, trainstate
 from fire_data.models import head_of, hidden_states
 from fire_data.optim import learning_rate, make_optimizer
+from fire_data.schemas.config import TrainConfig
+from fire_data.schemas.errors import DamagedError, DataError, StorageError, TrainingError
 from fire_data.training import StepBatch, ratio_check, ratio_tolerance, train_step
 from fire_data.trainstate import export_checkpoint, latest_state, load_state, prune_states, save_state
 from fire_data.vocabulary import Vocabulary
@@ -223,6 +224,17 @@ def test_learning_rate_warms_up_then_decays_to_zero_at_the_last_step() -> None:
     assert learning_rate(12, linear) == learning_rate(99, cosine) == 0
     assert learning_rate(10**6, _cfg(lr=1.0)) == 1.0
     assert learning_rate(3, _cfg(lr=1.0, warmup_steps=8, schedule="linear", total_steps=4)) == 0.5
+
+
+def test_step_uses_the_rate_of_its_global_step() -> None:
+    cfg = _cfg(warmup_steps=10, max_grad_norm=0)
+    for global_step, rate in ((0, 1e-4), (4, 5e-4)):
+        model = _model()
+        before = _weights(model)
+        metrics = _step(model, make_optimizer(model, cfg), _batch(model), cfg, global_step)
+        moved = max(float((v - before[k]).abs().max()) for k, v in model.state_dict().items())
+        assert moved == pytest.approx(rate, rel=1e-2)  # the first update of Adam is the rate itself
+        assert metrics["lr"] == pytest.approx(rate)
 
 
 def test_weight_decay_spares_vectors() -> None:
@@ -692,8 +704,9 @@ def test_save_interrupted_at_any_call_leaves_a_whole_state(
             except StorageError as error:
                 outcome = "refused" if "disk is full" in str(error) else str(error)
         other = _model(seed=4)
-        found = latest_state(root)
-        meta = load_state(found, other, make_optimizer(other, cfg))
+        for visible in root.glob("[!.]*"):
+            load_state(visible, other, make_optimizer(other, cfg))
+        meta = load_state(latest_state(root), other, make_optimizer(other, cfg))
         assert _same(_weights(model), _weights(other))
         assert meta["from"] == "new" or outcome != "done"
         seen.add((outcome, meta["from"]))
@@ -737,6 +750,21 @@ def test_latest_state_ignores_unfinished_and_incomplete_folders(tmp_path: Path) 
     assert latest_state(tmp_path) == tmp_path / "step-2"
     assert prune_states(tmp_path, 1) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-11", "step-2", "step-9"]
+
+
+def test_state_set_aside_counts_only_while_it_is_the_only_one(tmp_path: Path) -> None:
+    model = _model()
+    optimizer = make_optimizer(model, _cfg())
+    for step in (1, 2, 3):
+        save_state(tmp_path / str(step), model, optimizer, {"global_step": step})
+    (tmp_path / "3").rename(tmp_path / "3.replaced")
+    assert latest_state(tmp_path) == tmp_path / "3.replaced"
+    save_state(tmp_path / "3", model, optimizer, {"global_step": 3})
+    shutil.copytree(tmp_path / "2", tmp_path / "3.replaced")
+    assert latest_state(tmp_path) == tmp_path / "3"
+    (tmp_path / "3.replaced" / "meta.json").unlink()
+    assert prune_states(tmp_path, 2) == [tmp_path / "1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
 
 
 def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:

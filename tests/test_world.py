@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 # After the skips, because the module needs both libraries.
-from fire_data.demo import tasks, world  # noqa: E402, I001
+from fire_data.demo import tasks, world  # noqa: E402
 from fire_data.schemas.errors import ConfigError  # noqa: E402
 
 TINY = world.Sizes(hidden=16, heads=2, intermediate=16, batch=4, teacher_steps=2, student_steps=2)
@@ -147,14 +147,18 @@ def test_a_call_after_an_interruption_builds_only_what_is_missing(built: world.W
     assert not (copy / ".student.partial").exists()
 
 
-def test_the_same_seed_gives_the_same_bytes_and_the_callers_random_state_stays(
-    built: world.World, tmp_path: Path
-) -> None:
+def test_building_leaves_the_callers_random_state_and_threads(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    same, other = build(tmp_path / "same"), build(tmp_path / "other", seed=1)
+    build(tmp_path)
     assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(built: world.World, tmp_path: Path) -> None:
+    same, other = build(tmp_path / "same"), build(tmp_path / "other", seed=1)
     for name in ("teacher/model.safetensors", "student/model.safetensors", "prompts.jsonl", "held_out.jsonl"):
         bytes_built = (built.teacher.parent / name).read_bytes()
         assert (same.teacher.parent / name).read_bytes() == bytes_built

@@ -19,10 +19,11 @@ from fire_data.session import Session
 from fire_data.stages import Reporter
 from fire_data.steps.refresh import refresh, round_table
 
-ROUNDS = 20
+ROUNDS = 12
+SAMPLED = "avg@2"
 SETTINGS: dict[str, dict[str, Any]] = {
-    "rollout": {"n": 2, "prompts_per_round": 64, "max_new_tokens": 64, "verifier": "exact", "rows_in_flight": 128},
-    "train": {"lr": 5e-4, "batch_size": 32, "export_dtype": "float32"},
+    "rollout": {"n": 4, "prompts_per_round": 64, "max_new_tokens": 48, "verifier": "exact", "rows_in_flight": 128},
+    "train": {"lr": 5e-4, "batch_size": 64, "export_dtype": "float32"},
     "eval": {"n": 2},
     "verify": {"pattern": ANSWER_PATTERN},
 }
@@ -62,21 +63,20 @@ def run_demo(folder: Path, *, rule: str, rounds: int | None, seed: int, report: 
         refresh(Session(runs[arm], report), rounds or ROUNDS)
         lap(arm)
     tables = {arm: round_table(run) for arm, run in runs.items()}
-    page = write_curve(folder, tables, "avg@2")
+    page = write_curve(folder, tables, SAMPLED)
     lap("plots")
     return DemoResult(side_by_side(tables), page, runs[rule].root, timing)
 
 
 def side_by_side(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One row per round with the numbers of every arm: accuracy greedy and at temperature 1, kept share, KL."""
-    columns = {"greedy": "greedy", "T=1": "avg@2", "kept": "kept", "KL": "reverse_kl"}
+    columns = {"greedy": "greedy", "T=1": SAMPLED, "kept": "kept", "KL": "reverse_kl"}
     rounds = max(map(len, tables.values()))
     rows = []
     for i in range(rounds):
         row: dict[str, Any] = {"round": "start" if i == 0 else i - 1}
-        for arm, table in tables.items():
-            numbers = table[i] if i < len(table) else {}
-            row |= {f"{arm} {title}": numbers.get(key) for title, key in columns.items()}
+        for title, key in columns.items():
+            row |= {f"{title} {arm}": t[i].get(key) if i < len(t) else None for arm, t in tables.items()}
         rows.append(row)
     return rows
 

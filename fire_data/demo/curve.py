@@ -10,7 +10,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>fire demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
 svg {{ max-width: 100%; height: auto }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }}
 td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
@@ -34,10 +35,11 @@ def write_curve(folder: Path, tables: dict[str, list[dict[str, Any]]], sampled: 
         if row.get(key) is not None
     ]
     scale = alt.Scale(domain=list(tables), range=["#d55e00", "#0072b2"][: len(tables)])  # safe for colour-blind eyes
+    stroke = alt.Legend(symbolType="stroke", symbolStrokeWidth=3)
     base = alt.Chart(pl.DataFrame(points), width=640, height=340).encode(
         x=alt.X("round:Q", title="rounds trained", axis=alt.Axis(tickMinStep=1)),
         y=alt.Y("accuracy:Q", title="exact match", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
-        color=alt.Color("arm:N", scale=scale, title="rule", legend=alt.Legend(symbolType="stroke", symbolStrokeWidth=3)),
+        color=alt.Color("arm:N", scale=scale, title="rule", legend=stroke),
         detail="decoding:N",
     )
     dash = alt.StrokeDash("decoding:N", sort=["greedy", "temperature 1"], title="decoding")

@@ -99,7 +99,7 @@ def build_world(
 
     Args:
         folder: made if absent.
-        seed: decides every random choice; equal seed, thread count and library versions give equal files.
+        seed: decides every random choice; equal seed, processor type and library versions give equal files.
         prompts: number of training prompts.
         held_out: number of evaluation prompts. None is a training prompt; no model was built on either kind.
         sizes: model and training sizes, for tests and experiments.
@@ -118,10 +118,11 @@ def build_world(
     _write_prompts(world.prompts, problems[:prompts], "train")
     _write_prompts(world.held_out, problems[prompts:], "held-out")
     report("prompts", 1, 1)
-    if not world.teacher.exists():
-        _build_teacher(world, seed, sizes, frozenset(problems), report)
-    if not world.student.exists():
-        _build_student(world, seed, sizes, frozenset(problems), report)
+    with _one_thread():
+        if not world.teacher.exists():
+            _build_teacher(world, seed, sizes, frozenset(problems), report)
+        if not world.student.exists():
+            _build_student(world, seed, sizes, frozenset(problems), report)
     return world
 
 
@@ -301,6 +302,19 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small need no second thread: on busy cores, two that wait for each other took about ten
+    times as long. One thread also makes the files independent of the caller's thread count.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _silent(what: str, done: int, total: int) -> None:

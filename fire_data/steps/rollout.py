@@ -27,6 +27,7 @@ def rollout(session: Session, round: int) -> Manifest:
     slots = round_slots(prompts["prompt_id"].to_pylist(), cfg.seed, round, cfg.rollout.prompts_per_round)
     rows = prompts.take([s.row for s in slots]).to_pylist()
     ids = [_prompt_ids(session, row) for row in rows]
+    wanted = len(rows)
     rows, ids, slots = _within_limit(session, rows, ids, slots)
     stage = Stage(
         run.part("rollouts", round),
@@ -35,7 +36,7 @@ def rollout(session: Session, round: int) -> Manifest:
         recorded={
             "prompts": cfg.prompts.path,
             "student": run.student(round).model,
-            "skipped_prompts": len(ids) - len(rows),
+            "skipped_prompts": wanted - len(rows),
         },
     )
 

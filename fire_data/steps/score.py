@@ -101,7 +101,8 @@ def _fields(session: Session, round: int, source: Manifest) -> dict[str, Any]:
 
 def _recorded(session: Session) -> dict[str, Any]:
     teacher = session.run.teacher()
-    if session.run.config.score.teacher_prompt == "shared" and not session.run.config.rollout.raw:
+    templated = teacher.chat_template or session.teacher_tokenizer.chat_template  # a base teacher has none
+    if session.run.config.score.teacher_prompt == "shared" and not session.run.config.rollout.raw and templated:
         mine, theirs = session.template_fields(session.run.config.student), session.template_fields(teacher)
         if mine != theirs:
             session.report.warn(

@@ -31,13 +31,22 @@ def train(session: Session, round: int) -> Manifest:
     scores, weights = _inputs(run, round)
     stage = Stage(part, _fields(session, round, scores[1], weights[1]), (), {"weights": cfg.weights or weights[0].name})
     files.remove_leftovers(part.tmp)
-    manifest = open_stage(stage)
-    if manifest.sealed:
-        verify_checkpoint(part, manifest)
-        return manifest
-    stats = _Training(session, round, manifest.fingerprint, scores, weights).finish()
-    receipts = _receipts(part, manifest.fingerprint)
-    return seal(part, manifest, receipts, stats, stage.recorded)
+
+    def waiting() -> None:
+        session.report.note("another command trains this run: waiting for it to end")
+
+    # Two trainers would interleave their states and metrics; shards have no such order and need no such lock.
+    with files.locked(part.tmp / "train.lock", waiting):
+        manifest = open_stage(stage)
+        if manifest.sealed:
+            try:
+                verify_checkpoint(part, manifest)
+                return manifest
+            except DamagedError as error:
+                session.report.warn(f"{error.what}: the checkpoint is exported again from the training state")
+        stats = _Training(session, round, manifest.fingerprint, scores, weights).finish()
+        receipts = _receipts(part, manifest.fingerprint)
+        return seal(part, manifest, receipts, stats, stage.recorded)
 
 
 def _inputs(run: Run, round: int) -> tuple[tuple[Part, Manifest], tuple[Part, Manifest]]:
@@ -191,7 +200,8 @@ class _Training:
 
         part = self.run.part("checkpoints", self.round)
         files.set_aside([part.folder], part.orphans)
-        scratch = files.temporary(part.tmp, part.folder.name)
+        with files.storage_errors(part.folder):
+            scratch = files.temporary(part.tmp, part.folder.name)
         try:
             trainstate.export_checkpoint(scratch, self.model, self.session.tokenizer, self.cfg.export_dtype)
             files.publish_folder(scratch, part.folder)

@@ -115,7 +115,7 @@ class _Work:
     def _scan(self, shards: Sequence[int]) -> pl.LazyFrame:
         files = [verify_shard(self.part, self.receipts[i]) for i in shards]
         first = sum(r.rows for r in self.receipts[: shards[0]])
-        return weighing.prepare(pl.scan_parquet(files), self.rule, first)
+        return weighing.prepare(pl.scan_parquet(files, glob=False), self.rule, first)
 
 
 def _fields(rule: Weighing, source: Manifest) -> dict[str, Any]:

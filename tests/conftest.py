@@ -1,0 +1,136 @@
+"""What tests share: no network, one thread, a tiny world of real models, runs on it, and a caller of `fire`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fire_data.run import Run
+from fire_data.shards import Part
+
+PROMPTS, HELD_OUT = 12, 6
+Values = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections to anything but this machine fail, and the Hub's client does not try."""
+    real = socket.socket.connect
+
+    def connect(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests have no network, not even to {address}")
+        real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `World`: teacher and student of hidden size 32, hardly trained, with 12 prompts and 6 held-out ones."""
+    pytest.importorskip("torch").set_num_threads(1)
+    from fire_data.demo.world import Sizes, build_world
+
+    sizes = Sizes(hidden=32, heads=2, intermediate=32, batch=8, teacher_steps=12, student_steps=4)
+    return build_world(tmp_path_factory.mktemp("world"), prompts=PROMPTS, held_out=HELD_OUT, sizes=sizes)
+
+
+@pytest.fixture(scope="session")
+def make_run(tiny_world: Any) -> Callable[..., Run]:
+    """`make_run(folder, section={field: value}, ...)`: a run on the tiny world, made as `fire init` makes it."""
+    from fire_data.create import init_run
+
+    def make(folder: Path, **overrides: Any) -> Run:
+        values: Values = {
+            "threads": 1,
+            "student": {"model": str(tiny_world.student)},
+            "teacher": {"model": str(tiny_world.teacher)},
+            "prompts": {"path": str(tiny_world.prompts)},
+            "rollout": {"n": 2, "prompts_per_round": 6, "prompts_per_shard": 2, "max_new_tokens": 16},
+            "train": {"batch_size": 4, "lr": 1e-3, "export_dtype": "float32"},
+            "eval": {"prompts": str(tiny_world.held_out), "n": 2},
+        }
+        for section, fields in overrides.items():
+            merge = isinstance(fields, dict) and isinstance(values.get(section), dict)
+            values[section] = values[section] | fields if merge else fields
+        return init_run(folder, values)
+
+    return make
+
+
+@pytest.fixture
+def make_fake_run(make_run: Callable[..., Run]) -> Callable[..., Run]:
+    """As `make_run` with the fake engine: needs the tokenizers but no weights."""
+
+    def make(folder: Path, **overrides: Any) -> Run:
+        overrides["rollout"] = {"engine": "fake"} | overrides.get("rollout", {})
+        overrides["score"] = {"engine": "fake"} | overrides.get("score", {})
+        return make_run(folder, **overrides)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    @property
+    def fix(self) -> str:
+        """The text after `fix:`; fails if there is none."""
+        return self.err.partition("fix:")[2].strip().splitlines()[0]
+
+
+@pytest.fixture
+def fire() -> Callable[..., Answer]:
+    """Calls the command line in this process; whatever happens, there must be no traceback."""
+    from typer.testing import CliRunner
+
+    from fire_data.cli.app import app
+
+    def call(*arguments: object) -> Answer:
+        result = CliRunner(env={"COLUMNS": "200", "FIRE_DEBUG": None}).invoke(app, [str(a) for a in arguments])
+        answer = Answer(result.exit_code, result.stdout, result.stderr)
+        assert "Traceback" not in result.output
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return answer
+
+    return call
+
+
+@pytest.fixture
+def clean_modules() -> Iterator[None]:
+    """Forget modules that a test imports."""
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def shard_files(part: Part) -> list[Path]:
+    """The shards of a stage, in order."""
+    return sorted(part.folder.glob("*.parquet"))
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.write_bytes(data)

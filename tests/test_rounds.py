@@ -1,0 +1,185 @@
+"""The loop over rounds: masters carry training, exports do not disturb them, arms share a start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fire_data as fd
+from fire_data import metrics
+from fire_data.create import fork_run
+from fire_data.run import Run
+from fire_data.schemas.errors import FingerprintError, IncompleteError, TrainingError
+from fire_data.schemas.manifest import Manifest, Shard
+from fire_data.schemas.tables import conform
+from fire_data.session import Session
+from fire_data.shards import read_shard, sealed
+from fire_data.stages import Stage, run_stage, set_stage_aside
+from fire_data.steps.refresh import refresh, round_table
+from fire_data.steps.rollout import rollout
+from fire_data.steps.score import score
+from fire_data.steps.train import train
+from fire_data.steps.weigh import weigh
+from fire_data.trainstate import latest_state
+
+MakeRun = Callable[..., Run]
+
+
+def _state(run: Run) -> dict[str, torch.Tensor]:
+    """All tensors of the newest training state: masters and moments."""
+    folder = latest_state(run.root / ".fire" / "train")
+    assert folder is not None
+    return {f"{p.stem}/{k}": v for p in folder.glob("*.safetensors") for k, v in load_file(p).items()}
+
+
+def _up_to_weights(run: Run) -> Session:
+    session = Session(run)
+    rollout(session, 0)
+    score(session, 0)
+    weigh(run, 0)
+    return session
+
+
+def _same_tables_again(session: Session, round_: int) -> None:
+    """Give a later round the very tables of round 0, as if the student had written and been scored the same."""
+    run = session.run
+    student = session.student_fields(round_)
+    made: dict[str, Manifest] = {}
+    for stage in ("rollouts", "scores", "weights"):
+        source_part = run.part(stage, 0)
+        source = sealed(source_part)
+        inputs = {"scores": made["scores"].digest} if stage == "weights" else {}
+        fields = {**source.fields, **({"student": student} if "student" in source.fields else {}), **inputs}
+
+        def copy(shard: Shard, part: Any = source_part, manifest: Manifest = source) -> Any:
+            return read_shard(part, next(r for r in manifest.shards if r.shard == shard.name))
+
+        copied = Stage(run.part(stage, round_), fields, source.plan)
+        made[stage] = run_stage(copied, copy, lambda _, manifest=source: manifest.stats)
+
+
+def test_50_rounds_with_bf16_export_move_the_masters_exactly_as_50_fp32_steps(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    settings = {"batch_size": None, "lr": 1e-6}
+    rounds = make_run(tmp_path / "rounds", train={**settings, "export_dtype": "bfloat16"})
+    session = _up_to_weights(rounds)
+    train(session, 0)
+    for number in range(1, 50):
+        _same_tables_again(session, number)
+        train(session, number)
+    steps = make_run(tmp_path / "steps", train={**settings, "export_dtype": "float32", "epochs": 50})
+    train(_up_to_weights(steps), 0)
+    mine, expected = _state(rounds), _state(steps)
+    assert mine.keys() == expected.keys()
+    assert all(torch.equal(mine[k], expected[k]) for k in mine)
+    assert [r["global_step"] for r in metrics.read(rounds.root / "metrics.jsonl")] == list(range(50))
+
+
+def test_rounds_in_one_process_equal_the_commands_one_by_one(make_run: MakeRun, tmp_path: Path) -> None:
+    together = make_run(tmp_path / "together")
+    refresh(Session(together), 2)
+    apart = make_run(tmp_path / "apart")
+    for number in range(2):
+        rollout(Session(apart), number)
+        score(Session(apart), number)
+        weigh(apart, number)
+        train(Session(apart), number)
+    for stage in ("rollouts", "scores", "weights", "checkpoints"):
+        for number in range(2):
+            assert sealed(together.part(stage, number)).digest == sealed(apart.part(stage, number)).digest
+
+
+def test_finished_rounds_are_left_alone_and_rounds_is_a_total(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    refresh(Session(run), 2)
+    files = {p: p.stat().st_mtime_ns for p in run.root.rglob("*") if p.is_file() and p.name != "publish.lock"}
+    table = refresh(Session(run), 2)
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+    assert [row["round"] for row in table] == [None, 0, 1]
+    assert len(refresh(Session(run), 3)) == 4
+
+
+def test_round_table_has_accuracy_kept_fraction_and_kl(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rollout={"verifier": "exact"}, verify={"pattern": r"#\s*(\S+)\s*$"})
+    refresh(Session(run), 1)
+    start, row = round_table(run)
+    assert 0 <= start["greedy"] <= 1
+    assert 0 <= start["avg@2"] <= 1
+    assert row["reverse_kl"] > 0
+    assert 0.5 < row["kept"] < 1
+    assert row["reward"] == run.rollouts(0).select(pl.col("reward").mean()).collect().item()
+    assert run.evals().collect()["round"].unique().sort().to_list() == [-1, 0]
+
+
+def test_student_writes_with_the_checkpoint_of_the_round_before(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", train={"lr": 5e-2})
+    refresh(Session(run), 2)
+    scores = run.scores(1).collect()
+    drift = pl.col("student_logprob").list.explode() - pl.col("rollout_logprob").list.explode()
+    assert scores.select(drift.abs().max()).item() < 1e-4
+    assert sealed(run.part("scores", 1)).fields["student"] != sealed(run.part("scores", 0)).fields["student"]
+
+
+def test_second_arm_shares_round_0_by_hard_link(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    refresh(Session(run), 1)
+    arm = fork_run(run, tmp_path / "arm", {"weigh": {"rule": "uniform"}})
+    for stage in ("rollouts", "scores"):
+        for receipt in sealed(run.part(stage, 0)).shards:
+            ours, theirs = (r.part(stage, 0).file(receipt.shard) for r in (run, arm))
+            assert ours.stat().st_ino == theirs.stat().st_ino
+    refresh(Session(arm), 1)
+    assert arm.weights(round=0).select(pl.col("keep").all()).collect().item()
+    assert sealed(arm.part("checkpoints", 0)).digest != sealed(run.part("checkpoints", 0)).digest
+
+
+def test_training_other_weights_onto_a_checkpoint_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    session = _up_to_weights(run)
+    train(session, 0)
+    other = fd.open_run(run.root, ("weigh.rule=uniform",))
+    weigh(other, 0)
+    with pytest.raises(FingerprintError, match="weights"):
+        train(Session(other), 0)
+
+
+def test_a_round_cannot_start_without_the_state_before_it(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    refresh(Session(run), 1)
+    session = Session(run)
+    rollout(session, 1)
+    score(session, 1)
+    weigh(run, 1)
+    for folder in (run.root / ".fire" / "train").iterdir():
+        folder.rename(tmp_path / folder.name)
+    with pytest.raises(IncompleteError, match="round 1 cannot start"):
+        train(session, 1)
+
+
+def test_shifted_columns_are_caught_before_the_first_step(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    session = Session(run)
+    rollout(session, 0)
+    score(session, 0)
+    part = run.part("scores", 0)
+    honest = sealed(part)
+    tables = {r.shard: pl.from_arrow(read_shard(part, r)) for r in honest.shards}
+    set_stage_aside(part)
+
+    def shifted(shard: Shard) -> Any:
+        rolled = [[*x[1:], x[0]] for x in tables[shard.name]["student_logprob"].to_list()]
+        column = pl.Series("student_logprob", rolled, dtype=pl.List(pl.Float32))
+        return conform(tables[shard.name].with_columns(column).to_arrow(), "scores", "a test")
+
+    run_stage(Stage(part, honest.fields, honest.plan), shifted)
+    weigh(run, 0)
+    with pytest.raises(TrainingError, match="shifted by one token"):
+        train(session, 0)
+    assert metrics.read(run.root / "metrics.jsonl") == []

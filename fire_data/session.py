@@ -72,12 +72,12 @@ class Session:
 
     @cached_property
     def vocabulary_fields(self) -> dict[str, Any]:
-        """The vocabulary for a fingerprint: both tokenizers' bytes and roles."""
-        fields = {"student": vocabulary.fingerprint(self.tokenizer)}
-        if self.run.config.teacher is not None:
-            fields["teacher"] = vocabulary.fingerprint(self.teacher_tokenizer)
-        allowed = self.vocabulary.allowed
-        return {**fields, "size": self.vocabulary.size, "allowed": digest(allowed.nonzero()[0].tolist())}
+        """The vocabulary for a fingerprint: what the student's ids mean and which of them may be used.
+
+        A teacher enters only by the ids it lacks: one that has them all may be added after the rollouts.
+        """
+        allowed = digest(self.vocabulary.allowed.nonzero()[0].tolist())
+        return {"tokenizer": vocabulary.fingerprint(self.tokenizer), "size": self.vocabulary.size, "allowed": allowed}
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -99,6 +99,12 @@ class Session:
         """The teacher, for a fingerprint."""
         cfg = self.run.teacher()
         return {"weights": self._fingerprint(cfg), "dtype": cfg.dtype}
+
+    def performance(self, section: str) -> dict[str, Any]:
+        """Settings of a section that change bytes at most, never the meaning: recorded in manifests."""
+        import torch
+
+        return {"threads": torch.get_num_threads(), section: getattr(self.run.config, section).performance()}
 
     def template_fields(self, cfg: ModelConfig) -> str:
         """The chat template a model renders with, for a fingerprint."""

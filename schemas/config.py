@@ -41,11 +41,16 @@ class Section(BaseModel):
 
     def results(self) -> dict[str, Any]:
         """The fields that change a result, JSON-ready: what a fingerprint is made of."""
-        fields = type(self).model_fields
-        perf = {
-            k for k, f in fields.items() if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("perf")
-        }
-        return self.model_dump(mode="json", exclude=perf)
+        return self.model_dump(mode="json", exclude=self._performance_fields())
+
+    def performance(self) -> dict[str, Any]:
+        """The fields that change speed or memory alone, JSON-ready: recorded beside the fingerprint."""
+        return self.model_dump(mode="json", include=self._performance_fields())
+
+    @classmethod
+    def _performance_fields(cls) -> set[str]:
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        return {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("perf")}
 
 
 class ModelConfig(Section):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fire_data.run import Run
-from fire_data.shards import Part
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client once, when it is imported
+
+from fire_data.run import Run  # noqa: E402
+from fire_data.shards import Part  # noqa: E402
 
 PROMPTS, HELD_OUT = 12, 6
 Values = dict[str, Any]
@@ -21,7 +24,7 @@ Values = dict[str, Any]
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Connections to anything but this machine fail, and the Hub's client does not try."""
+    """Connections to anything but this machine fail."""
     real = socket.socket.connect
 
     def connect(self: socket.socket, address: Any) -> None:
@@ -30,7 +33,6 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
         real(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
@@ -113,15 +115,6 @@ def fire() -> Callable[..., Answer]:
         return answer
 
     return call
-
-
-@pytest.fixture
-def clean_modules() -> Iterator[None]:
-    """Forget modules that a test imports."""
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
 
 
 def shard_files(part: Part) -> list[Path]:

@@ -282,7 +282,7 @@ def test_redo_sets_aside_the_stage_and_what_depends_on_it_and_nothing_else(score
         "set aside: scores round-000", "set aside: weights/fire round-000", "set aside: weights/uniform round-000",
     ]  # fmt: skip
     assert {k.partition("/")[0] for k in contents(scored.root)} == {"rollouts", "scores"}
-    kept = [p for p in (scored.root / ".fire" / "orphans").rglob("*.parquet")]
+    kept = list((scored.root / ".fire" / "orphans").rglob("*.parquet"))
     assert len(kept) == 12, "three shards of two weights, again of one, and of scores: moved, not deleted"
 
 

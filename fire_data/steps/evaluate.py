@@ -33,7 +33,8 @@ def evaluate(session: Session, round: int | None) -> Manifest:
     rows = prompts.to_pylist()
     model_round = 0 if round is None else round + 1
     part = run.part("evals", "start" if round is None else round)
-    stage = Stage(part, _fields(session, model_round, prompts), plan_shards(len(rows), _PROMPTS_PER_SHARD))
+    plan = plan_shards(len(rows), _PROMPTS_PER_SHARD)
+    stage = Stage(part, _fields(session, model_round, prompts), plan, session.performance("rollout"))
     modes = [("greedy", 0)] * cfg.eval.greedy + [("sampled", j) for j in range(cfg.eval.n)]
 
     def make(shard: Shard) -> pa.Table:

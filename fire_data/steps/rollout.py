@@ -37,6 +37,7 @@ def rollout(session: Session, round: int) -> Manifest:
             "prompts": cfg.prompts.path,
             "student": run.student(round).model,
             "skipped_prompts": wanted - len(rows),
+            **session.performance("rollout"),
         },
     )
 

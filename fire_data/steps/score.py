@@ -6,10 +6,12 @@ import json
 import math
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 
 from fire_data import chat, vocabulary
 from fire_data.engines import FakeScorer, Scorer
+from fire_data.rules.base import floats
 from fire_data.schemas.errors import FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, IDS, conform
@@ -17,6 +19,7 @@ from fire_data.session import Session
 from fire_data.shards import Part, read_shard, sealed
 from fire_data.stages import Stage, run_stage
 
+_MEANS = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
 DRIFT_WARNING = 0.05  # nats between rollout and rescored logprobs that are worth a word
 
 
@@ -44,7 +47,7 @@ def score(session: Session, round: int) -> Manifest:
 
         return conform(summarise(rollouts), "scores", where)
 
-    return run_stage(stage, make, lambda done: _stats(session, stage.part, done), session.report)
+    return run_stage(stage, make, lambda done: _stats(session, source, stage.part, done), session.report)
 
 
 def _make_scorer(session: Session, round: int) -> Scorer:
@@ -95,6 +98,7 @@ def _fields(session: Session, round: int, source: Manifest) -> dict[str, Any]:
         "teacher": session.teacher_fields(),
         "template": session.template_fields(run.teacher()) if cfg.score.teacher_prompt == "own" else "shared",
         "vocabulary": session.vocabulary_fields,
+        "teacher_tokenizer": vocabulary.fingerprint(session.teacher_tokenizer),
         "rollouts": source.digest,
     }
 
@@ -110,45 +114,46 @@ def _recorded(session: Session) -> dict[str, Any]:
                 "(--set score.teacher_prompt=own renders its own)"
             )
     return {
+        **session.performance("score"),
         "teacher": teacher.model,
         "tokenizers": session.comparison.record(),
         "entropy_kind": "exact" if session.run.config.score.engine == "transformers" else "fake",
     }
 
 
-def _stats(session: Session, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
-    """Means over all response tokens in nats, from per-trajectory sums; the last token apart, where stop roles show."""
-    means = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
-    cfg = session.run.config.rollout
-    comparable = cfg.temperature == 1.0 and cfg.top_p == 1.0 and cfg.top_k == 0 and cfg.engine != "fake"
-    sums: dict[str, list[float]] = {m: [] for m in means}
-    tokens, drift, last = 0, [], []
-    for receipt in receipts:
-        columns = [f"{m}_sum" for m in means] + [
-            "finish_reason",
-            "student_logprob",
-            "teacher_logprob",
-            "rollout_logprob",
-        ]
-        table = read_shard(part, receipt, columns)
-        tokens += receipt.tokens
-        for m in means:
-            sums[m] += table[f"{m}_sum"].to_pylist()
-        lists = [
-            table[c].to_pylist() for c in ("student_logprob", "teacher_logprob", "rollout_logprob", "finish_reason")
-        ]
-        for s, t, r, reason in zip(*lists, strict=True):
-            drift += [abs(a - b) for a, b in zip(s, r, strict=True)] if comparable else []
-            last += [t[-1] - s[-1]] if reason == "stop" and s else []
-    stats: dict[str, Any] = {
-        "tokens": tokens,
-        **{m: math.fsum(x) / tokens if tokens else None for m, x in sums.items()},
-    }
-    stats["last_token_advantage"] = math.fsum(last) / len(last) if last else None
-    stats["rollout_drift"] = math.fsum(drift) / len(drift) if drift else None
-    stats["rollout_drift_max"] = max(drift, default=None)
+def _stats(session: Session, source: Manifest, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
+    """Means over all response tokens in nats, from per-trajectory sums; the last token apart, where end roles show.
+
+    `rollout_drift` compares the logprobs of sampling and of scoring, where both are under the same distribution.
+    """
+    sampled = source.fields["rollout"]
+    comparable = (sampled["temperature"], sampled["top_p"], sampled["top_k"]) == (1.0, 1.0, 0)
+    rows = pl.concat([_numbers(part, receipt) for receipt in receipts])
+    tokens = sum(receipt.tokens for receipt in receipts)
+    stats: dict[str, Any] = {"tokens": tokens}
+    for name in _MEANS:
+        stats[name] = math.fsum(rows[f"{name}_sum"]) / tokens if tokens else None
+    last = rows["last"].drop_nulls()
+    stats["last_token_advantage"] = math.fsum(last) / len(last) if len(last) else None
+    drift = math.fsum(rows["drift"]) / tokens if comparable and tokens else None
+    stats |= {"rollout_drift": drift, "rollout_drift_max": rows["drift_max"].max() if comparable else None}
     if not comparable:
         session.report.note("rollout_logprob is not under the temperature-1 distribution: no drift check")
-    elif stats["rollout_drift"] is not None and stats["rollout_drift"] > DRIFT_WARNING:
-        session.report.warn(f"rollout and rescored logprobs differ by {stats['rollout_drift']:.3f} nats on average")
+    elif drift is not None and drift > DRIFT_WARNING and session.run.config.score.engine != "fake":
+        session.report.warn(f"rollout and rescored logprobs differ by {drift:.3f} nats on average")
     return stats
+
+
+def _numbers(part: Part, receipt: Receipt) -> pl.DataFrame:
+    """Per trajectory of a shard: sums of signals, drift, and the advantage of the token that ended it."""
+    columns = ["finish_reason", "student_logprob", "teacher_logprob", "rollout_logprob"]
+    frame = pl.from_arrow(read_shard(part, receipt, [f"{m}_sum" for m in _MEANS] + columns))
+    assert isinstance(frame, pl.DataFrame)
+    off = (floats("student_logprob") - floats("rollout_logprob")).list.eval(pl.element().abs())
+    ended = pl.col("teacher_logprob").list.last() - pl.col("student_logprob").list.last()
+    return frame.select(
+        *(f"{m}_sum" for m in _MEANS),
+        drift=off.list.sum(),
+        drift_max=off.list.max(),
+        last=pl.when(pl.col("finish_reason") == "stop").then(ended.cast(pl.Float64)),
+    )

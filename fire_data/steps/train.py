@@ -29,7 +29,8 @@ def train(session: Session, round: int) -> Manifest:
     run, cfg = session.run, session.run.config.train
     part = run.part("checkpoints", round)
     scores, weights = _inputs(run, round)
-    stage = Stage(part, _fields(session, round, scores[1], weights[1]), (), {"weights": cfg.weights or weights[0].name})
+    recorded = {"weights": cfg.weights or weights[0].name, **session.performance("train")}
+    stage = Stage(part, _fields(session, round, scores[1], weights[1]), (), recorded)
     files.remove_leftovers(part.tmp)
 
     def waiting() -> None:

@@ -31,7 +31,9 @@ class Terminal(AbstractContextManager["Terminal"]):
         self.task: Any = None
 
     def start(self, what: str, total: int, unit: str) -> None:
-        if self.task is not None:
+        if self.task is None:
+            self.progress.start()
+        else:
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(what, total=total, unit=unit)
 
@@ -46,13 +48,13 @@ class Terminal(AbstractContextManager["Terminal"]):
         self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
     def __enter__(self) -> Terminal:
-        self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        if self.task is not None:
+            self.progress.stop()
 
 
 def hint(command: str) -> None:

@@ -233,13 +233,18 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError("there is no fire.yaml", where=where, fix=f"fire init {path.parent}") from None
+        raise ConfigError(
+            "there is no fire.yaml",
+            where=where,
+            fix=f"fire init {path.parent} --student MODEL --teacher MODEL --prompts FILE",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         fix = "give the run directory that `fire init` made"
         raise ConfigError(f"fire.yaml cannot be read: {error}", where=where, fix=fix) from None
     values = parse_yaml(text, "fire.yaml", where)
     if not isinstance(values, dict):
-        raise ConfigError("fire.yaml must hold keys and values", where=where, fix=f"fire init {path.parent}")
+        fix = f"remove it, then: fire init {path.parent} --student MODEL --teacher MODEL --prompts FILE"
+        raise ConfigError("fire.yaml must hold keys and values", where=where, fix=fix)
     for name, field in Config.model_fields.items():
         # A section whose keys are all commented out is one without changes.
         if name in values and values[name] is None and _section_of(field.annotation) is field.annotation:

@@ -15,8 +15,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client once, when it is imported
 
-from fire_data.run import Run  # noqa: E402
-from fire_data.shards import Part  # noqa: E402
+from fire_data.run import Run
+from fire_data.shards import Part
 
 PROMPTS, HELD_OUT = 12, 6
 Values = dict[str, Any]

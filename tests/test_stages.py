@@ -301,6 +301,22 @@ def test_redo_of_a_round_keeps_the_rounds_before_it(trained: Run, fire: Fire) ->
     assert next(trained.part("checkpoints", 1).folder.glob("*.safetensors")).read_bytes() == checkpoint
 
 
+def test_redo_of_a_round_sets_aside_the_rounds_after_it(trained: Run, fire: Fire) -> None:
+    before = contents(trained.root)
+    answer = fire("weigh", trained.root, "--round", 0, "--redo")
+    assert answer.code == 0, answer.err
+    moved = {x.removeprefix("set aside: ") for x in answer.err.splitlines() if x.startswith("set aside")}
+    assert moved == {
+        "weights/fire round-000", "checkpoints round-000", "evals round-000", "rollouts round-001",
+        "scores round-001", "weights/fire round-001", "checkpoints round-001", "evals round-001",
+    }  # fmt: skip
+    left = {k.partition("/")[0] for k in contents(trained.root) if "round-001" in k}
+    assert left == set()
+    assert list((trained.root / ".fire" / "train").glob("step-*")) == []
+    assert fire("run", trained.root, "--rounds", 2).code == 0
+    assert contents(trained.root) == before
+
+
 def test_redo_refuses_before_moving_anything_if_the_round_could_not_start_again(trained: Run, fire: Fire) -> None:
     for state in (trained.root / ".fire" / "train").glob("*-round-000"):
         shutil.rmtree(state)  # what train.keep_states: last does

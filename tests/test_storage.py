@@ -378,8 +378,12 @@ def no_links(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.EPERM, "Operation not permitted")
 
 
-def test_without_hard_links_nothing_is_overwritten_either(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "link", no_links)
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_nothing_is_overwritten_with_hard_links_or_without(
+    part: Part, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+) -> None:
+    if not hard_links:
+        monkeypatch.setattr(os, "link", no_links)
     first = write(part)
     assert write(part, rollouts(salt=1)) == first
     assert read_shard(part, first).equals(rollouts())

@@ -223,7 +223,8 @@ def test_learning_rate_warms_up_then_decays_to_zero_at_the_last_step() -> None:
     assert learning_rate(11, linear) == pytest.approx(0.125)
     assert learning_rate(12, linear) == learning_rate(99, cosine) == 0
     assert learning_rate(10**6, _cfg(lr=1.0)) == 1.0
-    assert learning_rate(3, _cfg(lr=1.0, warmup_steps=8, schedule="linear", total_steps=4)) == 0.5
+    with pytest.raises(ValueError, match="must be more than warmup_steps"):
+        _cfg(lr=1.0, warmup_steps=8, schedule="linear", total_steps=4)
 
 
 def test_step_uses_the_rate_of_its_global_step() -> None:

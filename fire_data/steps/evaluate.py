@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from fire_data import chat, verify
-from fire_data.prompts import as_messages, prompts_digest, read_prompts
+from fire_data import verify
+from fire_data.prompts import prompts_digest, read_prompts
 from fire_data.sampling import Sampling
 from fire_data.schedule import hash_text
 from fire_data.schemas.errors import ConfigError
@@ -16,7 +16,7 @@ from fire_data.schemas.tables import FORMAT, IDS, conform
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
-from fire_data.steps.rollout import make_generator
+from fire_data.steps.rollout import make_generator, prompt_ids
 
 _PROMPTS_PER_SHARD = 256
 
@@ -39,7 +39,7 @@ def evaluate(session: Session, round: int | None) -> Manifest:
 
     def make(shard: Shard) -> pa.Table:
         chosen = rows[shard.start : shard.stop]
-        ids = [chat.render(session.tokenizer, cfg.student, run.root, as_messages(r), cfg.rollout.raw) for r in chosen]
+        ids = [prompt_ids(session, row) for row in chosen]
         generator = make_generator(session, model_round)
         parts = []
         for mode in dict.fromkeys(m for m, _ in modes):

@@ -26,7 +26,7 @@ def rollout(session: Session, round: int) -> Manifest:
     pattern = verify.compile_pattern(cfg.verify.pattern)
     slots = round_slots(prompts["prompt_id"].to_pylist(), cfg.seed, round, cfg.rollout.prompts_per_round)
     rows = prompts.take([s.row for s in slots]).to_pylist()
-    ids = [_prompt_ids(session, row) for row in rows]
+    ids = [prompt_ids(session, row) for row in rows]
     wanted = len(rows)
     rows, ids, slots = _within_limit(session, rows, ids, slots)
     stage = Stage(
@@ -85,9 +85,13 @@ def _sampling(session: Session) -> Sampling:
     return Sampling(session.run.config.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens)
 
 
-def _prompt_ids(session: Session, row: dict[str, Any]) -> list[int]:
-    cfg, root = session.run.config, session.run.root
-    return chat.render(session.tokenizer, cfg.student, root, as_messages(row), cfg.rollout.raw)
+def prompt_ids(session: Session, row: dict[str, Any]) -> list[int]:
+    """The student's ids of a prompt. Raises DataError naming the prompt if its template refuses it."""
+    cfg, root, tokenizer = session.run.config, session.run.root, session.tokenizer
+    try:
+        return chat.render(tokenizer, cfg.student, root, as_messages(row), cfg.rollout.raw)
+    except DataError as error:
+        raise DataError(error.what, where=f"prompt {row['prompt_id']!r}", fix=error.fix) from None
 
 
 def _within_limit(

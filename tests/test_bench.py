@@ -1,0 +1,64 @@
+"""Every benchmark runs at its smallest size and prints ratios as JSON; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py") if path.stem != "measure")
+
+
+def _smoke(script: str) -> dict[str, Any]:
+    if script != "cli":
+        pytest.importorskip("transformers")
+    command = [sys.executable, str(BENCH / f"{script}.py"), "--smoke"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert answer.returncode == 0, answer.stderr
+    found: dict[str, Any] = json.loads(answer.stdout)
+    return found
+
+
+def test_there_is_a_benchmark_per_stage() -> None:
+    assert SCRIPTS == ["cli", "rollout", "score", "train", "weigh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_benchmark_prints_its_ratios_as_json(script: str) -> None:
+    found = _smoke(script)
+    assert found["bench"] == script
+    assert found["settings"]["smoke"] is True
+    for group in found["groups"].values():
+        assert len(group["ratios"]) == len(group["cases"]) - 1 > 0
+        for case in group["cases"].values():
+            assert len(case["seconds"]) == found["settings"]["repeat"]
+            assert script == "cli" or case["tokens"] > 0
+        numbers = [x for ratio in group["ratios"].values() for x in (ratio["median"], *ratio["range"])]
+        assert all(math.isfinite(x) and x > 0 for x in numbers)
+        assert group.get("largest_disagreement", 0.0) < 1e-4, "both sides must have done the same work"
+
+
+def test_what_is_compared_computes_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import measure
+
+    alike = [{"loss": 2.0, "only ours": 1.0}, {"loss": 2.0}, {}]
+    assert measure._disagreement(alike) == 0.0
+    assert measure._disagreement([{"loss": 2.0}, {"loss": 1.0}]) == pytest.approx(0.5)
+
+
+def test_ratios_are_of_neighbours_in_time_and_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import measure
+
+    ours = {"seconds": [1.0, 20.0, 3.0], "tokens": 10}
+    peer = {"seconds": [2.0, 40.0, 2.0], "tokens": 20}
+    found = measure.summarise({"fire": ours, "peer": peer})
+    assert found["ratios"] == {"peer": {"median": 1.0, "range": [1.0, 3.0]}}
+    assert found["cases"]["fire"]["tokens_per_s"] == pytest.approx(10 / 3)

@@ -82,7 +82,7 @@ def init(
     else:
         init_run(run, values)
     typer.echo(str(run / "fire.yaml"))
-    hint(f"fire rollout {run}" if source is None else f"fire run {run} --rounds 1")
+    hint(*(("fire", "rollout", run) if source is None else ("fire", "run", run, "--rounds", 1)))
 
 
 @app.command()
@@ -98,7 +98,7 @@ def rollout(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set
     with Terminal() as terminal:
         manifest = step(Session(opened, terminal), number)
     show_one({"round": number, **manifest.stats}, as_json)
-    hint(f"fire score {run}")
+    hint("fire", "score", run)
 
 
 @app.command()
@@ -114,7 +114,7 @@ def score(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set =
     with Terminal() as terminal:
         manifest = step(Session(opened, terminal), number)
     show_one({"round": number, **manifest.stats}, as_json)
-    hint(f"fire weigh {run}")
+    hint("fire", "weigh", run)
 
 
 @app.command()
@@ -145,8 +145,8 @@ def weigh(
         manifest = step(opened, number, terminal)
     stats = {k: v for k, v in manifest.stats.items() if k not in ("rule", "steps", "weight_sum", "weight_squares")}
     show_one({"rule": weights, "round": number, **stats}, as_json)
-    chosen = "" if weights == opened.config.trained_weights else f" --set train.weights={weights}"
-    hint(f"fire train {run}{chosen}")
+    chosen = [] if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
+    hint("fire", "train", run, *chosen)
 
 
 @app.command()
@@ -163,7 +163,7 @@ def train(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set =
         manifest = step(Session(opened, terminal), number)
     checkpoint = str(opened.part("checkpoints", number).folder)
     show_one({"round": number, "checkpoint": checkpoint, **manifest.stats}, as_json)
-    hint(f"fire run {run} --rounds {number + 2}")
+    hint("fire", "run", run, "--rounds", number + 2)
 
 
 @app.command("run")
@@ -182,7 +182,7 @@ def run_rounds(
     with Terminal() as terminal:
         table = refresh(Session(opened, terminal), rounds)
     show(table, as_json)
-    hint(f"fire inspect {run}")
+    hint("fire", "inspect", run)
 
 
 @app.command("eval")
@@ -311,7 +311,7 @@ def demo(
             f"the demo took {result.seconds:.0f} s in all: "
             + ", ".join(f"{k} {v:.0f} s" for k, v in result.timing.items())
         )
-    hint(f"fire inspect {result.run}")
+    hint("fire", "inspect", result.run)
 
 
 def main() -> None:

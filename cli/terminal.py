@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -57,9 +58,10 @@ class Terminal(AbstractContextManager["Terminal"]):
             self.progress.stop()
 
 
-def hint(command: str) -> None:
-    """The next command, last on stderr."""
-    say(f"next: {command}")
+def hint(*command: object) -> None:
+    """The next command, last on stderr, as words to be quoted for the shell or as one finished text."""
+    words = [str(word) for word in command]
+    say("next: " + (words[0] if len(words) == 1 else shlex.join(words)))
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None) -> None:

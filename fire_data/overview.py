@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from fire_data import files
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
-from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.schemas.manifest import Receipt
 from fire_data.shards import Part, intact, read_manifest, read_receipt
 from fire_data.stages import set_stage_aside
 
@@ -57,15 +58,20 @@ def status(run: Run) -> list[dict[str, Any]]:
 
 
 def next_command(run: Run) -> str:
-    """The stage command that brings the run on."""
+    """The command that brings the run on: the first stage of the current round that is not sealed."""
     number = run.current_round()
-    for stage in STAGES:
-        manifest: Manifest | None = read_manifest(run.part(stage, number))
-        if manifest is None or not manifest.sealed:
-            part = run.part(stage, number)
-            made = part.name in (None, run.config.weights_name)
-            return f"fire {_VERBS[stage]} {run.root}" if made else part.command
-    return f"fire run {run.root} --rounds {number + 1}"
+    waiting = [p for stage in STAGES if not _is_sealed(p := run.part(stage, number))]
+    part = waiting[0]
+    if number and part.stage == "rollouts" and not part.manifest_path.exists():
+        return shlex.join(["fire", "run", str(run.root), "--rounds", str(number + 1)])
+    if part.name not in (None, run.config.weights_name):
+        return part.command
+    return shlex.join(["fire", _VERBS[part.stage], str(run.root)])
+
+
+def _is_sealed(part: Part) -> bool:
+    manifest = read_manifest(part)
+    return manifest is not None and manifest.sealed
 
 
 def check(run: Run) -> list[dict[str, Any]]:

@@ -169,6 +169,10 @@ def _check_messages(messages: Any, where: str) -> None:
         )
         if not ok:
             raise DataError(f"message {i} needs `role` and `content`, both text", where=where, fix=_CORRECT)
+        more = sorted(k for k, v in message.items() if k not in ("role", "content") and v is not None)
+        if more:
+            text = f"message {i} has `{more[0]}`; only `role` and `content` reach the chat template"
+            raise DataError(text, where=where, fix="remove it, or put it beside `messages`: it is kept in `extra`")
 
 
 def _scalar(value: Any, name: str, where: str) -> str | None:

@@ -133,6 +133,7 @@ def test_an_id_given_twice_is_an_error_that_names_both_places(tmp_path: Path) ->
         ('{"messages": []}', "at least one message"),
         ('{"messages": "hello"}', "must be a list"),
         ('{"messages": [{"role": "user"}]}', "message 0 needs"),
+        ('{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "message 0 has `name`"),
         ('{"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}', "message 1 needs"),
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "both text"),
         ('{"prompt": "a", "answer": true}', "`answer` must be text or a number, not bool"),

@@ -183,3 +183,15 @@ def test_shifted_columns_are_caught_before_the_first_step(make_run: MakeRun, tmp
     with pytest.raises(TrainingError, match="shifted by one token"):
         train(session, 0)
     assert metrics.read(run.root / "metrics.jsonl") == []
+
+
+def test_weights_of_other_parameters_than_the_configurations_are_not_trained(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    session = Session(run)
+    rollout(session, 0)
+    score(session, 0)
+    weigh(fd.open_run(run.root, ("weigh.params={percentile: 50}",)), 0)
+    with pytest.raises(FingerprintError, match=r"rule\.percentile: 50.* -> 20"):
+        train(session, 0)
+    changed = fd.open_run(run.root, ("weigh.params={percentile: 50}",))
+    assert train(Session(changed), 0).sealed

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shlex
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -498,6 +499,30 @@ def test_two_processes_on_one_stage_give_one_complete_result(
     assert contents(run.root) == contents(alone.root)
     assert fire("check", run.root).code == 0
     assert [p for p in (run.root / ".fire" / "tmp").iterdir() if p.suffix != ".lock"] == []
+
+
+def test_a_second_trainer_says_so_and_waits_for_the_first(trained: Run) -> None:
+    from fire_data import files
+    from fire_data.steps.train import train
+
+    waiting, done = threading.Event(), threading.Event()
+
+    class Listening(Silent):
+        def note(self, text: str) -> None:
+            if "another command trains this run" in text:
+                waiting.set()
+
+    def second() -> None:
+        if train(Session(trained, Listening()), 0).sealed:
+            done.set()
+
+    thread = threading.Thread(target=second)
+    with files.locked(trained.part("checkpoints", 0).tmp / "train.lock"):
+        thread.start()
+        assert waiting.wait(60)
+        assert not done.is_set()
+    thread.join(60)
+    assert done.is_set()
 
 
 def test_an_engine_that_fails_keeps_finished_shards_and_the_same_command_continues(

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from fire_data import files, metrics
 from fire_data.run import Run
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
-from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
 from fire_data.session import Session, verify_checkpoint
 from fire_data.shards import Part, sealed, versions
 from fire_data.stages import Stage, open_stage, seal
+from fire_data.steps.weigh import configured, weights_fields
 
 if TYPE_CHECKING:
     from fire_data.training import StepBatch
@@ -56,6 +57,13 @@ def _inputs(run: Run, round: int) -> tuple[tuple[Part, Manifest], tuple[Part, Ma
     if weights.fields["scores"] != scores.digest:
         text = f"{weights_part.label} was made from other scores than those that are there now"
         raise FingerprintError(text, where=str(weights_part.folder), fix=f"{weights_part.command} --redo")
+    if run.config.trained_weights == run.config.weights_name:
+        # Weights of another name are trained as they are; these are the ones the configuration describes.
+        changed = differences(weights.fields, weights_fields(configured(run), scores))
+        if changed:
+            text = f"{weights_part.label} was made with other settings than fire.yaml has now: " + "; ".join(changed)
+            fix = f"set them in fire.yaml, or make the weights anew: {weights_part.command} --redo"
+            raise FingerprintError(text, where=str(weights_part.folder), fix=fix)
     return (scores_part, scores), (weights_part, weights)
 
 

@@ -39,7 +39,7 @@ def weigh(run: Run, round: int, report: Reporter | None = None) -> Manifest:
     rule = configured(run)
     source_part = run.part("scores", round)
     source = sealed(source_part)
-    stage = Stage(run.part("weights", round, run.config.weights_name), _fields(rule, source), source.plan)
+    stage = Stage(run.part("weights", round, run.config.weights_name), weights_fields(rule, source), source.plan)
     work = _Work(rule, source_part, source.shards)
 
     def make(shard: Shard) -> pa.Table:
@@ -118,7 +118,8 @@ class _Work:
         return weighing.prepare(pl.scan_parquet(files, glob=False), self.rule, first)
 
 
-def _fields(rule: Weighing, source: Manifest) -> dict[str, Any]:
+def weights_fields(rule: Weighing, source: Manifest) -> dict[str, Any]:
+    """What the weights of a round depend on: the rule with its policies, and the scores."""
     parameters = {k: str(v) if isinstance(v, pl.Expr) else v for k, v in dataclasses.asdict(rule.rule).items()}
     return {
         "format": FORMAT,

@@ -25,7 +25,7 @@ format: $(STAMP)
 $(STAMP): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
 	touch $@
 
 # mypy follows no import hooks: it needs to see cli/ and schemas/ where they are installed.

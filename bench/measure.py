@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -57,11 +58,11 @@ def parse(doc: str, sizes: Sizes) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds: is the script alive?")
     for name, (default, _, text) in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"{text} (default {default})")
-    parser.add_argument("--repeat", type=int, help="timed repetitions of every case (default 7)")
+    parser.add_argument("--repeat", type=int, help="timed repetitions of every case (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for name, (default, small, _) in {**sizes, "repeat": (7, 2, "")}.items():
+    for name, (default, small, _) in {**sizes, "repeat": (5, 2, "")}.items():
         if getattr(options, name) is None:
             setattr(options, name, small if options.smoke else default)
     return options
@@ -112,7 +113,7 @@ def report(options: argparse.Namespace, sizes: Sizes, found: dict[str, Any]) -> 
 
 
 def _compare_cases(group: str, cases: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    workers = {case: _start(f"{group}/{case}") for case in cases}
+    workers = {case: _start(f"{group}/{case}", options.threads) for case in cases}
     try:
         first = {case: _ask(worker) for case, worker in workers.items()}
         timed = alternate({case: lambda w=worker: _ask(w) for case, worker in workers.items()}, options.repeat)
@@ -133,9 +134,12 @@ def _disagreement(witnesses: list[dict[str, float]]) -> float:
     return max((abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in pairs), default=0.0)
 
 
-def _start(case: str) -> subprocess.Popen[str]:
+def _start(case: str, threads: int) -> subprocess.Popen[str]:
     command = [sys.executable, *sys.argv, "--worker", case]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS"), str(threads))  # torch and pyarrow, Polars
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **limits}
+    )
 
 
 def _ask(worker: subprocess.Popen[str]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Scoring: all 13 signals of `token_signals`, against the two bare matmuls and against plain full logits.
 
 `matmul` applies both heads chunk by chunk within the same budget and throws the logits away: no exact scoring can be
-faster. `full` is the plain way: all logits of both models at once, log_softmax, and every signal written as its formula.
+faster. `full` is the plain way: all logits of both models at once, log_softmax, and every signal by its formula.
 Hidden states are given, so the models' bodies, equal for all, are left out. On a GPU: --device cuda --dtype bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import measure
 import numpy as np
@@ -38,20 +39,20 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     ids_T = torch.randint(options.vocabulary, (options.tokens,)).to(options.device)
     budget = options.budget_mb * 2**20
     vocabulary = Vocabulary(options.vocabulary, np.ones(options.vocabulary, dtype=np.bool_))
-    heads = [torch.nn.functional.linear] * 2
+    student, teacher = (partial(torch.nn.functional.linear, weight=m) for m in matrices)
 
     def fire() -> dict[str, torch.Tensor]:
-        student, teacher = (lambda x_TD, m=m: torch.nn.functional.linear(x_TD, m) for m in matrices)
         return token_signals(states[0], student, states[1], teacher, ids_T, vocabulary, budget)
 
     def matmul() -> dict[str, torch.Tensor]:
         rows = max(1, budget // (options.vocabulary * 4))
-        for chunk in zip(*(torch.split(x, rows) for x in states), strict=True):
-            logits = [head(x_TD, m) for head, x_TD, m in zip(heads, chunk, matrices, strict=True)]
-        return {"used": logits[0][0, 0]}
+        used = 0.0
+        for a_TD, b_TD in zip(*(torch.split(x, rows) for x in states), strict=True):
+            used += float(student(a_TD)[-1, -1]) + float(teacher(b_TD)[-1, -1])
+        return {"used": torch.tensor(used)}
 
     def full() -> dict[str, torch.Tensor]:
-        return plain_signals(*(head(x, m) for head, x, m in zip(heads, states, matrices, strict=True)), ids_T)
+        return plain_signals(student(states[0]), teacher(states[1]), ids_T)
 
     cases = {"fire": fire, "matmul": matmul, "full": full}
 

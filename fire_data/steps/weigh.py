@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -73,6 +74,7 @@ class _Work:
         self.rule, self.part, self.receipts = rule, part, receipts
         self._fitted: weighing.Fitted | None = None
         self._names: list[str] | None = None
+        self._files: dict[int, Path] = {}  # verified: several passes read them, one hash is enough
 
     @property
     def fitted(self) -> weighing.Fitted:
@@ -113,7 +115,10 @@ class _Work:
         return range(touched[0], touched[-1] + 1)
 
     def _scan(self, shards: Sequence[int]) -> pl.LazyFrame:
-        files = [verify_shard(self.part, self.receipts[i]) for i in shards]
+        for i in shards:
+            if i not in self._files:
+                self._files[i] = verify_shard(self.part, self.receipts[i])
+        files = [self._files[i] for i in shards]
         first = sum(r.rows for r in self.receipts[: shards[0]])
         return weighing.prepare(pl.scan_parquet(files, glob=False), self.rule, first)
 

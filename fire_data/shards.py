@@ -5,6 +5,7 @@ Layout: `RUN/<stage>/[<name>/]round-000/00000.parquet`, receipts and manifests m
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import shlex
@@ -199,6 +200,7 @@ def _receipt(path: Path, shard: str, rows: int, fingerprint: str, seconds: float
     )  # fmt: skip
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Library versions that may change bytes: recorded, never compared."""
     import importlib.metadata as metadata

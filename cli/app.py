@@ -28,6 +28,23 @@ Redo = Annotated[bool, typer.Option("--redo", help="set the stage and all that w
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fire-opd {version('fire-opd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Offline-first on-policy distillation: roll out, score, weigh, train, with tables in between."""
+
+
 def _open(root: Path, overrides: list[str] | None = None) -> Run:
     from fire_data.run import open_run
 
@@ -36,15 +53,6 @@ def _open(root: Path, overrides: list[str] | None = None) -> Run:
 
 def _number(run: Run, chosen: int | None) -> int:
     return run.current_round() if chosen is None else chosen
-
-
-def _set_aside(run: Run, stage: str, number: int | str, redo: bool, name: str | None = None) -> None:
-    if not redo:
-        return
-    from fire_data.overview import redo as set_aside
-
-    for label in set_aside(run, stage, number, name):
-        say(f"set aside: {label}")
 
 
 @app.command()
@@ -62,7 +70,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented fire.yaml into a new run directory."""
-    from fire_data.create import fork_run, init_run
+    from fire_data.create import fork_run, init_run, missing_paths
     from fire_data.schemas.errors import ConfigError
 
     given: dict[str, dict[str, Any]] = {
@@ -81,6 +89,8 @@ def init(
         )
     else:
         init_run(run, values)
+    for missing in missing_paths(run):
+        say(f"warning: {missing}")
     typer.echo(str(run / "fire.yaml"))
     hint(*(("fire", "rollout", run) if source is None else ("fire", "run", run, "--rounds", 1)))
 
@@ -91,12 +101,11 @@ def rollout(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set
     """Let the student answer the round's prompts."""
     opened = _open(run, overrides)
     number = _number(opened, round)
-    _set_aside(opened, "rollouts", number, redo)
     from fire_data.session import Session
     from fire_data.steps.rollout import rollout as step
 
     with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number)
+        manifest = step(Session(opened, terminal), number, redo=redo)
     show_one({"round": number, **manifest.stats}, as_json)
     hint("fire", "score", run)
 
@@ -107,12 +116,11 @@ def score(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set =
     """Evaluate student and teacher on every token the student wrote."""
     opened = _open(run, overrides)
     number = _number(opened, round)
-    _set_aside(opened, "scores", number, redo)
     from fire_data.session import Session
     from fire_data.steps.score import score as step
 
     with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number)
+        manifest = step(Session(opened, terminal), number, redo=redo)
     show_one({"round": number, **manifest.stats}, as_json)
     hint("fire", "weigh", run)
 
@@ -140,9 +148,8 @@ def weigh(
     opened = with_rule(_open(run, overrides), rule, name, param or [], scope, denominator)
     number = _number(opened, round)
     weights = opened.config.weights_name
-    _set_aside(opened, "weights", number, redo, weights)
     with Terminal() as terminal:
-        manifest = step(opened, number, terminal)
+        manifest = step(opened, number, terminal, redo=redo)
     stats = {k: v for k, v in manifest.stats.items() if k not in ("rule", "steps", "weight_sum", "weight_squares")}
     show_one({"rule": weights, "round": number, **stats}, as_json)
     chosen = [] if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
@@ -155,12 +162,11 @@ def train(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set =
     """Execute the coefficients and export the student."""
     opened = _open(run, overrides)
     number = _number(opened, round)
-    _set_aside(opened, "checkpoints", number, redo)
     from fire_data.session import Session
     from fire_data.steps.train import train as step
 
     with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number)
+        manifest = step(Session(opened, terminal), number, redo=redo)
     checkpoint = str(opened.part("checkpoints", number).folder)
     show_one({"round": number, "checkpoint": checkpoint, **manifest.stats}, as_json)
     hint("fire", "run", run, "--rounds", number + 2)
@@ -204,9 +210,8 @@ def evaluate(
 
     last = opened.current_round() - 1
     number = None if start or (round is None and last < 0) else last if round is None else round
-    _set_aside(opened, "evals", "start" if number is None else number, redo)
     with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number)
+        manifest = step(Session(opened, terminal), number, redo=redo)
     show_one({"round": "start" if number is None else number, **manifest.stats}, as_json)
 
 
@@ -259,9 +264,7 @@ def inspect(
         show_schema(as_json)
         return
     opened = _open(run)
-    rounds = opened.rounds()
-    number = round if round is not None else rounds[-1] if rounds else 0
-    show_trajectory(opened, number, which, name, as_json)
+    show_trajectory(opened, opened.last_round() if round is None else round, which, name, as_json)
 
 
 @app.command()

@@ -16,6 +16,10 @@ __all__ = ["Run", "explode", "open_run", "weigh"]
 _HOMES = {"Run": "run", "explode": "frames", "open_run": "run", "weigh": "weighing"}
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"fire_data.{_HOMES[name]}"), name)

@@ -50,6 +50,17 @@ def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
     return run
 
 
+def missing_paths(root: Path) -> list[str]:
+    """Local prompts files and things that look like model folders, but are not there, in words."""
+    config = open_run(root).config
+    files_ = {"prompts.path": config.prompts.path, "eval.prompts": config.eval.prompts}
+    models = {"student.model": config.student.model, "teacher.model": config.teacher and config.teacher.model}
+    wanted = {k: v for k, v in files_.items() if v and not v.startswith("hf://")}
+    wanted |= {k: v for k, v in models.items() if v and (v[0] in "./~" or v.count("/") > 1)}
+    there = {k: root / Path(v).expanduser() for k, v in wanted.items()}
+    return [f"{key}: there is no {path} yet" for key, path in there.items() if not path.exists()]
+
+
 def _anchored(values: dict[str, Any], base: Path, root: Path) -> dict[str, Any]:
     """Local paths that are relative to `base`, rewritten relative to `root`; Hub ids and absolute paths stay."""
     result = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}

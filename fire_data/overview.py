@@ -11,7 +11,7 @@ from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import Receipt
 from fire_data.shards import Part, intact, read_manifest, read_receipt
-from fire_data.stages import set_stage_aside
+from fire_data.stages import Reporter, set_stage_aside
 
 _VERBS = {"rollouts": "rollout", "scores": "score", "weights": "weigh", "checkpoints": "train"}
 
@@ -100,8 +100,8 @@ def _damage(part: Part, shard: str, what: str, path: Path) -> dict[str, Any]:
     return {"stage": part.label, "shard": shard, "what": what, "path": str(path), "fix": part.command}
 
 
-def redo(run: Run, stage: str, number: int | str, name: str | None = None) -> list[str]:
-    """Set a stage aside with everything that was made from it, later rounds included. Returns what was moved.
+def start_over(run: Run, stage: str, number: int | str, report: Reporter, name: str | None = None) -> list[str]:
+    """Set a stage aside with everything that was made from it, later rounds included. Returns and tells what was moved.
 
     Raises ConfigError, before anything is moved, if the training state that the round starts from is gone.
     """
@@ -109,7 +109,7 @@ def redo(run: Run, stage: str, number: int | str, name: str | None = None) -> li
         part = run.part("evals", number)  # nothing is made from an evaluation
         there = part.manifest_path.exists()
         set_stage_aside(part)
-        return [part.label] * there
+        return _told([part.label] * there, part, report)
     if _lineage(run, stage, name):
         _require_start(run, number)
     rest = STAGES[STAGES.index(stage) :]
@@ -122,7 +122,13 @@ def redo(run: Run, stage: str, number: int | str, name: str | None = None) -> li
             moved.append(part.label)
     if _lineage(run, stage, name):
         _set_states_aside(run, number)
-    return moved[::-1]
+    return _told(moved[::-1], run.part(stage, number, name), report)
+
+
+def _told(moved: list[str], part: Part, report: Reporter) -> list[str]:
+    if moved:
+        report.note(f"set aside under {part.orphans}: {', '.join(moved)}")
+    return moved
 
 
 def _lineage(run: Run, stage: str, name: str | None) -> bool:
@@ -147,9 +153,12 @@ def _states(run: Run) -> list[tuple[int, Path]]:
 
 def _require_start(run: Run, number: int) -> None:
     rounds = [r for r, _ in _states(run)]
-    if number > 0 and rounds and number - 1 not in rounds:
+    trained = run.part("checkpoints", number).manifest_path.exists()
+    if trained and number > 0 and number - 1 not in rounds:
         text = f"round {number} cannot be trained again: the training state at the end of round {number - 1} is gone"
-        fix = "redo round 0, or train with --set train.keep_states=all from the start"
+        fix = (
+            f"fire train {shlex.quote(str(run.root))} --round 0 --redo (train.keep_states: all keeps every round's end)"
+        )
         raise ConfigError(text, where=str(run.root / ".fire" / "train"), fix=fix)
 
 

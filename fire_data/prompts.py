@@ -24,12 +24,13 @@ _CORRECT = "correct the prompts file, or take this prompt out"
 _KNOWN = ("prompt_id", "messages", "prompt", "answer", "teacher")
 
 
-def read_prompts(path: str, base: Path, *, need_answer: bool = False) -> pa.Table:
+def read_prompts(path: str, base: Path, *, need_answer: bool = False, setting: str = "prompts.path") -> pa.Table:
     """The prompts table of a file: `.jsonl`, `.json` lines or `.parquet`; local (relative to `base`) or hf://datasets/….
 
     Raises ConfigError for a file that is not there, DataError naming the line for everything inside it.
     """
-    file = _download(path) if path.startswith(_HUB) else _local(path, base)
+    file = _download(path) if path.startswith(_HUB) else _local(path, base, setting)
+    path = path if path.startswith(_HUB) else str(file)
     given = _parquet_rows(file, path) if file.suffix == ".parquet" else _jsonl_rows(file, path)
     rows, places = [], []
     for values, where in given:
@@ -52,14 +53,14 @@ def as_messages(prompt: dict[str, Any]) -> list[dict[str, str]]:
     return messages if messages is not None else [{"role": "user", "content": prompt["prompt"]}]
 
 
-def _local(path: str, base: Path) -> Path:
+def _local(path: str, base: Path, setting: str) -> Path:
     file = base / Path(path).expanduser()
     if not file.is_file():
         what = "is a folder, not a file" if file.is_dir() else "does not exist"
         raise ConfigError(
             f"the prompts file {what}",
             where=str(file),
-            fix="--set prompts.path=FILE (or eval.prompts; relative to the run folder)",
+            fix=f"--set {setting}=FILE (absolute, or relative to the run folder)",
         )
     return file
 

@@ -84,6 +84,11 @@ class Run:
             number += 1
         return number
 
+    def last_round(self) -> int:
+        """The newest round with sealed rollouts; 0 if there is none."""
+        found = [n for n in self.rounds() if (m := read_manifest(self.part("rollouts", n))) is not None and m.sealed]
+        return found[-1] if found else 0
+
     def student(self, round: int) -> ModelConfig:
         """The model that writes in a round: the given student, then the checkpoint of the round before."""
         if round == 0:

@@ -63,6 +63,10 @@ class Session:
         """The ids that may be sampled, share the probability and are trained: those all models have."""
         from fire_data import models
 
+        cfg = self.run.config
+        models.check_model_files(cfg.student, self.run.root, weights=cfg.rollout.engine != "fake")
+        if cfg.teacher is not None:
+            models.check_model_files(cfg.teacher, self.run.root, weights=cfg.score.engine != "fake")
         given = [(self.run.config.student, self.tokenizer)]
         if self.run.config.teacher is not None:
             assert self.comparison is not None

@@ -90,7 +90,8 @@ class Part:
         from fire_data.rules import RULES  # imported late: it is only needed for words
 
         # Weights that are named as their rule are made by it, whatever rule the configuration names.
-        return f"{text} --{'rule' if self.name in RULES else 'name'} {shlex.quote(self.name)}"
+        option = "rule" if self.name in RULES and self.name != "expression" else "name"
+        return f"{text} --{option} {shlex.quote(self.name)}"
 
 
 def read_manifest(part: Part) -> Manifest | None:

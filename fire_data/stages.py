@@ -72,12 +72,25 @@ def open_stage(stage: Stage) -> Manifest:
         raise FingerprintError(
             f"{part.label} was set aside by another command", where=str(part.folder), fix=part.command
         )
+    if found.fingerprint != stage.fingerprint and _untouched(part, found):
+        with files.locked(part.lock):
+            if _untouched(part, found):
+                files.replace_json(part.manifest_path, fresh.model_dump(mode="json"), part.tmp)
+                return fresh
     if found.fingerprint != stage.fingerprint:
         changed = differences(found.fields, stage.fields)
         text = f"{part.label} was started with other settings: " + "; ".join(changed or ["the recorded fields"])
-        fix = f"set them back, or make it anew: {part.command} --redo"
+        fix = "set them back, or the same command with --redo makes it anew"
+        fix += "; --name OTHER keeps both" if part.stage == "weights" else ""
         raise FingerprintError(text, where=str(part.manifest_path), fix=fix)
     return found
+
+
+def _untouched(part: Part, manifest: Manifest) -> bool:
+    """True if a stage was begun and failed before it made anything: another attempt is not a change of settings."""
+    made = [*part.receipts.glob("*"), *part.folder.glob("*")]
+    states = (part.root / ".fire" / "train").glob(f"step-*-round-{part.round:03d}*") if manifest.round >= 0 else ()
+    return not manifest.sealed and not made and not (part.stage == "checkpoints" and any(states))
 
 
 def run_stage(
@@ -149,9 +162,8 @@ def _readable(part: Part, shard: Shard) -> Receipt | None:
 def _holds(part: Part, shard: Shard, manifest: Manifest) -> Receipt | None:
     """The receipt of a shard that is there and whole; None for any other state."""
     receipt = _readable(part, shard)
-    if receipt is None or receipt.fingerprint != manifest.fingerprint or not intact(part.file(shard.name), receipt):
-        return None
-    return receipt
+    ours = receipt is not None and (receipt.shard, receipt.fingerprint) == (shard.name, manifest.fingerprint)
+    return receipt if ours and receipt and intact(part.file(shard.name), receipt) else None
 
 
 def set_stage_aside(part: Part) -> None:

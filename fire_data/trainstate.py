@@ -93,6 +93,11 @@ def latest_state(root: Path) -> Path | None:
     return states[-1][2] if states else None
 
 
+def whole_states(root: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every whole state under `root` with the `meta` it was saved with, the largest global step first."""
+    return [(path, _read_record(path)["meta"]) for _, _, path in sorted(_states(root), reverse=True)]
+
+
 def prune_states(root: Path, keep: int) -> list[Path]:
     """Remove all whole states but the `keep` (≥ 1) newest, and what killed writers left; return the states removed.
 

@@ -32,6 +32,7 @@ class Weighing:
     denominator: Denominator | None = None
     constant: float | None = None
     truncated: str = "keep"
+    end_token: str = "keep"
     rollout_is_cap: float | None = None
     samples_per_group: int | None = None
 
@@ -66,6 +67,7 @@ def weigh(
     denominator: Denominator | None = None,
     constant: float | None = None,
     truncated: str = "keep",
+    end_token: str = "keep",
     rollout_is_cap: float | None = None,
     **params: Any,
 ) -> pl.LazyFrame:
@@ -76,7 +78,8 @@ def weigh(
     rule's own. Further keywords are the rule's parameters (`percentile=20`). Raises ConfigError for an unknown rule,
     parameter or column, DataError for values that are not finite or lists of unequal length.
     """
-    weighing = Weighing(make_rule(rule, params, scope), batch_size, denominator, constant, truncated, rollout_is_cap)
+    made = make_rule(rule, params, scope)
+    weighing = Weighing(made, batch_size, denominator, constant, truncated, end_token, rollout_is_cap)
     lf = prepare(frame.lazy(), weighing)
     check_values(lf, weighing)
     return apply(lf, weighing, fit(lf, weighing)).drop(_HELPERS)
@@ -196,17 +199,25 @@ def _denominator(weighing: Weighing) -> pl.Expr:
 
 
 def _decide(lf: pl.LazyFrame, weighing: Weighing, stats: Stats) -> pl.LazyFrame:
-    """The rule's own columns, the truncation policy, and `_kept`: how many tokens of a trajectory count."""
+    """The rule's own columns, the policies, and `_kept`: how many tokens of a trajectory count."""
     lf = weighing.rule.apply(lf, stats)
     names = lf.collect_schema().names()
+    for policy, standard in (("truncated", weighing.truncated), ("end_token", weighing.end_token)):
+        if standard != "keep" and "finish_reason" not in names:
+            raise ConfigError(
+                f"{policy}: {standard} needs the column 'finish_reason'", fix=f"--set weigh.{policy}=keep"
+            )
     if weighing.truncated == "drop":
-        if "finish_reason" not in names:
-            raise ConfigError("truncated: drop needs the column 'finish_reason'", fix="--set weigh.truncated=keep")
         cut = pl.col("finish_reason") == "length"
-        reason = (
-            pl.when(pl.col("keep") & cut).then(pl.lit("truncated by max_new_tokens")).otherwise(pl.col("drop_reason"))
-        )
-        lf = lf.with_columns(drop_reason=reason).with_columns(keep=pl.col("keep") & ~cut)
+        reason = pl.when(pl.col("keep") & cut).then(pl.lit("truncated by max_new_tokens"))
+        lf = lf.with_columns(drop_reason=reason.otherwise(pl.col("drop_reason")), keep=pl.col("keep") & ~cut)
+    if weighing.end_token == "mask":
+        ended = (pl.col("finish_reason") == "stop").cast(pl.UInt32)
+        length = pl.col("length").cast(pl.UInt32)
+        inner = pl.concat_list(pl.lit(True).repeat_by(length - ended), pl.lit(False).repeat_by(ended))
+        masked = (floats("token_keep") * inner.cast(pl.List(pl.Float64))) if "token_keep" in names else inner
+        lf = lf.with_columns(token_keep=masked.cast(pl.List(pl.Boolean)))
+        names = [*names, "token_keep"]
     tokens = (
         pl.col("token_keep").list.sum().cast(pl.Int64) if "token_keep" in names else pl.col("length").cast(pl.Int64)
     )

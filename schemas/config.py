@@ -128,6 +128,9 @@ class WeighConfig(Section):
     )
     constant: float | None = _field(None, "the denominator when denominator is constant", gt=0)
     truncated: Literal["keep", "drop"] = _field("keep", "trajectories cut by max_new_tokens (finish_reason 'length')")
+    end_token: Literal["keep", "mask"] = _field(
+        "keep", "mask: the token that ended a response has no coefficient (student and teacher end differently)"
+    )
     rollout_is_cap: float | None = _field(
         None, "cap of exp(student_logprob - rollout_logprob) as a factor; null: off", gt=0
     )
@@ -164,6 +167,13 @@ class TrainConfig(Section):
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     gradient_checkpointing: bool = _perf(False, "recompute activations in the backward pass: less memory, more time")
     device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"betas {list(value)} must lie in [0, 1)")
+        return value
 
     @model_validator(mode="after")
     def _decay_needs_an_end(self) -> TrainConfig:
@@ -302,7 +312,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set takes key=value, not {override!r}", fix="--set train.lr=1e-5")
-    value = parse_yaml(text, f"the value of --set {key}")
+    value = text if _is_text(key) and text != "null" else parse_yaml(text, f"the value of --set {key}")
     node = values
     *parents, last = key.split(".")
     for part in parents:
@@ -312,6 +322,16 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {key}: {part} is not a section", fix=f"--set {part}=VALUE")
     node[last] = value
+
+
+def _is_text(key: str) -> bool:
+    """True for a field that takes text alone: its value on the command line is not read as YAML."""
+    section, _, name = key.rpartition(".")
+    model = _section_of(Config.model_fields[section].annotation) if section in Config.model_fields else None
+    if model is None or name not in model.model_fields:
+        return False
+    annotation = model.model_fields[name].annotation
+    return set(getattr(annotation, "__args__", (annotation,))) <= {str, type(None)} and annotation is not type(None)
 
 
 def _explain(error: ErrorDetails) -> str:

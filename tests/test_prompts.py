@@ -111,8 +111,8 @@ def test_a_made_name_never_meets_a_given_one(tmp_path: Path) -> None:
 
 def test_an_id_given_twice_is_an_error_that_names_both_places(tmp_path: Path) -> None:
     error = refused(tmp_path, {"prompt": "a", "prompt_id": "x"}, "", {"prompt": "b", "prompt_id": "x"})
-    assert "'x' is given twice, first in p.jsonl, line 1" in error.what
-    assert error.where == "p.jsonl, line 3"
+    assert f"'x' is given twice, first in {tmp_path / 'p.jsonl'}, line 1" in error.what
+    assert error.where == f"{tmp_path / 'p.jsonl'}, line 3"
     assert error.exit_code == 3
 
 
@@ -146,7 +146,7 @@ def test_an_id_given_twice_is_an_error_that_names_both_places(tmp_path: Path) ->
 def test_a_mistake_on_line_17_is_named_with_its_line(tmp_path: Path, row: str, words: str) -> None:
     error = refused(tmp_path, *[{"prompt": f"good {i}"} for i in range(16)], row, {"prompt": "after"})
     assert words in error.what
-    assert error.where == "p.jsonl, line 17"
+    assert error.where == f"{tmp_path / 'p.jsonl'}, line 17"
     assert isinstance(error, DataError)
 
 
@@ -154,14 +154,14 @@ def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path: Path) -> No
     (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(DataError, match="not valid JSON") as caught:
         read_prompts("p.jsonl", tmp_path)
-    assert caught.value.where == "p.jsonl, line 2"
+    assert caught.value.where == f"{tmp_path / 'p.jsonl'}, line 2"
 
 
 def test_an_answer_is_needed_only_where_something_compares_with_it(tmp_path: Path) -> None:
     assert read(tmp_path, {"prompt": "a"})[0]["answer"] is None
     error = refused(tmp_path, {"prompt": "a", "answer": ""}, {"prompt": "b"}, need_answer=True)
     assert "no `answer`" in error.what
-    assert error.where == "p.jsonl, line 2"
+    assert error.where == f"{tmp_path / 'p.jsonl'}, line 2"
     assert "rollout.verifier=none" in str(error.fix)
 
 

@@ -102,7 +102,7 @@ def test_finished_rounds_are_left_alone_and_rounds_is_a_total(make_run: MakeRun,
     files = {p: p.stat().st_mtime_ns for p in run.root.rglob("*") if p.is_file() and p.name != "publish.lock"}
     table = refresh(Session(run), 2)
     assert {p: p.stat().st_mtime_ns for p in files} == files
-    assert [row["round"] for row in table] == [None, 0, 1]
+    assert [row["round"] for row in table] == ["start", 0, 1]
     assert len(refresh(Session(run), 3)) == 4
 
 

@@ -74,7 +74,7 @@ def side_by_side(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]
     rounds = max(map(len, tables.values()))
     rows = []
     for i in range(rounds):
-        row: dict[str, Any] = {"round": "start" if i == 0 else i - 1}
+        row: dict[str, Any] = {"round": next(iter(tables.values()))[i]["round"]}
         for title, key in columns.items():
             row |= {f"{title} {arm}": t[i].get(key) if i < len(t) else None for arm, t in tables.items()}
         rows.append(row)

@@ -57,6 +57,6 @@ def _table(tables: dict[str, list[dict[str, Any]]], sampled: str) -> dict[str, s
     rows = []
     for i in range(max(map(len, tables.values()))):
         values = [t[i].get(k) if i < len(t) else None for t in tables.values() for k in ("greedy", sampled)]
-        cells = [str(i), *("–" if v is None else f"{v:.1%}" for v in values)]
+        cells = ["start" if i == 0 else str(i - 1), *("–" if v is None else f"{v:.1%}" for v in values)]
         rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     return {"head": head, "body": "".join(rows)}

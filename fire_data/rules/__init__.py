@@ -73,7 +73,11 @@ def make_rule(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(sorted(known))}"
             raise ConfigError(f"rule {rule!r} has no parameter {name!r}{hint}", fix=f"fire rules {rule}")
-    return _validated(entry.cls, {**entry.preset, **scopes, **params}, rule)
+    made = _validated(entry.cls, {**entry.preset, **scopes, **params}, rule)
+    if isinstance(made, Expression) and all(getattr(made, part) is None for part in PARTS):
+        fix = "--rule 'weight = 1 + teacher_entropy; keep = length > 3'"
+        raise ConfigError(f"the rule expression needs one of {', '.join(PARTS)}", fix=fix)
+    return made
 
 
 def _validated(cls: type[Rule], values: dict[str, Any], name: str) -> Rule:
@@ -101,7 +105,7 @@ def _parse_parts(text: str) -> dict[str, str]:
 
 def describe_rule(name: str) -> dict[str, Any]:
     """Everything `fire rules NAME` shows, JSON-ready. Raises ConfigError for an unknown name."""
-    rule = make_rule(name)
+    rule = Expression() if name == "expression" else make_rule(name)
     cls = RULES[name].cls
     return {
         "name": name,

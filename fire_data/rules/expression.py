@@ -33,7 +33,14 @@ PARTS = ("keep", "weight", "advantage", "token_keep")
 
 @dataclass(frozen=True)
 class Expression(Rule):
-    """Free expressions over the columns of scores; an absent part means: keep, 1, log p_T - log p_S, every token."""
+    """`keep` per trajectory, `weight`, `advantage`, `token_keep` per token; absent: keep, 1, log p_T - log p_S, all.
+
+    Text is Polars SQL (`CASE WHEN`, `ABS`, `LEAST`, `AVG` ...), from Python also any `pl.Expr`. `keep` sees one row per
+    trajectory: `length`, `finish_reason`, `reward`, and `<signal>_sum` and `<signal>_max` of every float signal, as in
+    `teacher_logprob_sum / length > -2`. The others see one row per token: the signals as numbers, trajectory columns
+    repeated. Aggregates are over `scope`; `normalise` divides weights by their mean. All columns:
+    `fire inspect RUN --schema`.
+    """
 
     name: ClassVar[str] = "expression"
     paper: ClassVar[str] = ""
@@ -88,7 +95,7 @@ class Expression(Rule):
         expression = self._expression("keep")
         if expression is None:
             return {"keep": pl.lit(True)}
-        self._check_columns("keep", expression, lf)
+        self._check("keep", expression, lf)
         keys = scope_keys(self.scope)
         scoped = expression.over(keys) if keys else expression
         return {"keep": scoped.cast(pl.Boolean).fill_null(False)}
@@ -101,7 +108,7 @@ class Expression(Rule):
         schema = lf.collect_schema()
         used = set()
         for part, expression in wanted.items():
-            self._check_columns(part, expression, lf)
+            self._check(part, expression, lf)
             used |= set(expression.meta.root_names())
         lists = [c for c in sorted(used) if isinstance(schema[c], pl.List)] or ["teacher_logprob"]
         keys = scope_keys(self.scope)
@@ -130,13 +137,21 @@ class Expression(Rule):
             text = f"{part} is not a valid expression: {error}"
             raise ConfigError(text, where=f"rule expression, {value!r}", fix="see: fire rules expression") from None
 
-    def _check_columns(self, part: str, expression: pl.Expr, lf: pl.LazyFrame) -> None:
-        known = lf.collect_schema().names()
+    def _check(self, part: str, expression: pl.Expr, lf: pl.LazyFrame) -> None:
+        """Raise ConfigError if an expression names an unknown column or cannot be computed on these types."""
+        where = f"rule expression, {part} = {getattr(self, part)}"
+        schema = lf.collect_schema()
         for name in expression.meta.root_names():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
+            if name not in schema:
+                near = difflib.get_close_matches(name, schema.names(), n=1)
                 hint = f", did you mean {near[0]!r}?" if near else ""
                 text = f"{part} uses the unknown column {name!r}{hint}"
-                raise ConfigError(
-                    text, where=f"rule expression, {getattr(self, part)!r}", fix="fire inspect RUN --schema"
-                )
+                raise ConfigError(text, where=where, fix="fire inspect RUN --schema")
+        per_token = part != "keep"
+        types = {n: t.inner if per_token and isinstance(t, pl.List) else t for n, t in schema.items()}
+        try:
+            pl.DataFrame(schema=types).select(expression)  # type: ignore[arg-type]
+        except PolarsError as error:
+            unit = "token, signals are numbers" if per_token else "trajectory, signals are lists: use _sum or _max"
+            text = f"{part} cannot be computed: {str(error).splitlines()[0]} ({part} is evaluated once per {unit})"
+            raise ConfigError(text, where=where, fix="fire rules expression") from None

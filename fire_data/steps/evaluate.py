@@ -7,11 +7,12 @@ from typing import Any
 import pyarrow as pa
 
 from fire_data import verify
-from fire_data.prompts import prompts_digest, read_prompts
+from fire_data.overview import start_over
+from fire_data.prompts import read_prompts
 from fire_data.sampling import Sampling
 from fire_data.schedule import hash_text
 from fire_data.schemas.errors import ConfigError
-from fire_data.schemas.manifest import Manifest, Receipt, Shard
+from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
 from fire_data.schemas.tables import FORMAT, IDS, conform
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard
@@ -21,20 +22,23 @@ from fire_data.steps.rollout import make_generator, prompt_ids
 _PROMPTS_PER_SHARD = 256
 
 
-def evaluate(session: Session, round: int | None) -> Manifest:
+def evaluate(session: Session, round: int | None, *, redo: bool = False) -> Manifest:
     """Evaluate the student after `round`, or (None) the given student. The same prompts and noise every round."""
     run, cfg = session.run, session.run.config
     if cfg.eval.prompts is None:
         raise ConfigError(
             "there are no held-out prompts", where=str(run.root / "fire.yaml"), fix="--set eval.prompts=held_out.jsonl"
         )
-    prompts = read_prompts(cfg.eval.prompts, run.root, need_answer=True).slice(0, cfg.eval.limit)
+    prompts = read_prompts(cfg.eval.prompts, run.root, need_answer=True, setting="eval.prompts")
+    prompts = prompts.slice(0, cfg.eval.limit)
     pattern = verify.compile_pattern(cfg.verify.pattern)
     rows = prompts.to_pylist()
     model_round = 0 if round is None else round + 1
     part = run.part("evals", "start" if round is None else round)
     plan = plan_shards(len(rows), _PROMPTS_PER_SHARD)
-    stage = Stage(part, _fields(session, model_round, prompts), plan, session.performance("rollout"))
+    stage = Stage(part, _fields(session, model_round, rows), plan, session.performance("rollout"))
+    if redo:
+        start_over(run, "evals", part.round, session.report)
     modes = [("greedy", 0)] * cfg.eval.greedy + [("sampled", j) for j in range(cfg.eval.n)]
 
     def make(shard: Shard) -> pa.Table:
@@ -84,7 +88,7 @@ def _graded(
     })  # fmt: skip
 
 
-def _fields(session: Session, model_round: int, prompts: pa.Table) -> dict[str, Any]:
+def _fields(session: Session, model_round: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     cfg = session.run.config
     return {
         "format": FORMAT,
@@ -93,7 +97,7 @@ def _fields(session: Session, model_round: int, prompts: pa.Table) -> dict[str, 
         "max_new_tokens": cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens,
         "engine": cfg.rollout.engine,
         "verify": cfg.verify.results(),
-        "prompts": prompts_digest(prompts),
+        "prompts": digest(rows),  # in their order: shards are cut from it
         "student": session.student_fields(model_round),
         "template": session.template_fields(cfg.student),
         "vocabulary": session.vocabulary_fields,

@@ -26,7 +26,7 @@ def refresh(
     run = session.run
     held_out = run.config.eval.prompts is not None
     tell = after_round or (lambda row: None)
-    if held_out:
+    if held_out and not _sealed(read_manifest(run.part("evals", "start"))):
         evaluate(session, None)
     tell(round_row(run, None))
     for number in range(rounds):
@@ -36,7 +36,7 @@ def refresh(
             weigh(run, number, session.report)
             _make_room(session)
             train(session, number)
-        if held_out:
+        if held_out and not _sealed(read_manifest(run.part("evals", number))):
             evaluate(session, number)
         tell(round_row(run, number))
     return round_table(run)
@@ -53,10 +53,10 @@ def round_table(run: Run) -> list[dict[str, Any]]:
 def round_row(run: Run, number: int | None) -> dict[str, Any]:
     """What is known of a round from its sealed manifests; None where a stage is missing."""
     if number is None:
-        return {"round": None, **_eval_numbers(read_manifest(run.part("evals", "start")))}
-    rollouts, scores, weights, checkpoint = (
-        read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "weights", "checkpoints")
-    )
+        return {"round": "start", **_eval_numbers(read_manifest(run.part("evals", "start")))}
+    rollouts, scores, checkpoint = (read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "checkpoints"))
+    # The name may have changed between rounds: the checkpoint knows what it was trained on.
+    weights = read_manifest(run.part("weights", number, checkpoint.fields["weights"] if checkpoint else None))
     return {
         "round": number,
         **_eval_numbers(read_manifest(run.part("evals", number))),

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from fire_data import chat, verify
 from fire_data.engines import FakeGenerator, Generator
+from fire_data.overview import start_over
 from fire_data.prompts import as_messages, prompts_digest, read_prompts
 from fire_data.sampling import Sampling
 from fire_data.schedule import Slot, round_slots, trajectory_id
@@ -19,8 +20,8 @@ from fire_data.shards import Part, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
 
 
-def rollout(session: Session, round: int) -> Manifest:
-    """Make, continue or confirm the rollouts of a round. Returns the sealed manifest."""
+def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
+    """Make, continue or confirm the rollouts of a round, or make them anew. Returns the sealed manifest."""
     run, cfg = session.run, session.run.config
     prompts = read_prompts(cfg.prompts.path, run.root, need_answer=cfg.rollout.verifier != "none")
     pattern = verify.compile_pattern(cfg.verify.pattern)
@@ -40,6 +41,9 @@ def rollout(session: Session, round: int) -> Manifest:
             **session.performance("rollout"),
         },
     )
+
+    if redo:
+        start_over(run, "rollouts", round, session.report)
 
     def make(shard: Shard) -> pa.Table:
         samples = [

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from fire_data import chat, vocabulary
 from fire_data.engines import FakeScorer, Scorer
+from fire_data.overview import start_over
 from fire_data.rules.base import floats
 from fire_data.schemas.errors import FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
@@ -23,14 +24,17 @@ _MEANS = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entr
 DRIFT_WARNING = 0.05  # nats between rollout and rescored logprobs that are worth a word
 
 
-def score(session: Session, round: int) -> Manifest:
-    """Make, continue or confirm the scores of a round. Returns the sealed manifest."""
+def score(session: Session, round: int, *, redo: bool = False) -> Manifest:
+    """Make, continue or confirm the scores of a round, or make them anew. Returns the sealed manifest."""
     run, cfg = session.run, session.run.config
     source_part = run.part("rollouts", round)
     source = sealed(source_part)
     receipts = {r.shard: r for r in source.shards}
     fields = _fields(session, round, source)
     stage = Stage(run.part("scores", round), fields, source.plan, _recorded(session))
+
+    if redo:
+        start_over(run, "scores", round, session.report)
 
     def make(shard: Shard) -> pa.Table:
         where = f"{stage.part.label}, shard {shard.name}"
@@ -80,17 +84,14 @@ def _with_teacher_prompts(session: Session, rollouts: pa.Table) -> pa.Table:
 
 def _fields(session: Session, round: int, source: Manifest) -> dict[str, Any]:
     run, cfg = session.run, session.run.config
+    part = run.part("rollouts", round)
     student, wrote = session.student_fields(round), source.fields["student"]
     if student != wrote:
         text = f"the rollouts were written by another student: {json.dumps(wrote)}, now it is {json.dumps(student)}"
-        raise FingerprintError(
-            text, where=run.part("rollouts", round).label, fix=f"fire rollout {run.root} --round {round} --redo"
-        )
+        raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
     if session.vocabulary_fields != source.fields["vocabulary"]:
         text = "the rollouts were sampled over another vocabulary (another teacher's tokenizer, or none)"
-        raise FingerprintError(
-            text, where=run.part("rollouts", round).label, fix=f"fire rollout {run.root} --round {round} --redo"
-        )
+        raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
     return {
         "format": FORMAT,
         "score": cfg.score.results(),

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fire_data import files, metrics
+from fire_data.overview import start_over
 from fire_data.run import Run
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
 from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
 from fire_data.session import Session, verify_checkpoint
-from fire_data.shards import Part, sealed, versions
+from fire_data.shards import Part, read_manifest, sealed, versions
 from fire_data.stages import Stage, open_stage, seal
 from fire_data.steps.weigh import configured, weights_fields
 
@@ -25,14 +26,16 @@ if TYPE_CHECKING:
     from fire_data.training import StepBatch
 
 
-def train(session: Session, round: int) -> Manifest:
-    """Train a round, or continue or confirm it. Returns the sealed manifest of its checkpoint."""
+def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
+    """Train a round, or continue or confirm it, or train it anew. Returns the sealed manifest of its checkpoint."""
     run, cfg = session.run, session.run.config.train
     part = run.part("checkpoints", round)
     scores, weights = _inputs(run, round)
     recorded = {"weights": cfg.weights or weights[0].name, **session.performance("train")}
     stage = Stage(part, _fields(session, round, scores[1], weights[1]), (), recorded)
     files.remove_leftovers(part.tmp)
+    if redo:
+        start_over(run, "checkpoints", round, session.report)
 
     def waiting() -> None:
         session.report.note("another command trains this run: waiting for it to end")
@@ -71,9 +74,8 @@ def _fields(session: Session, round: int, scores: Manifest, weights: Manifest) -
     student = session.student_fields(round)
     if scores.fields["student"] != student:
         text = "student_logprob was scored with another student than the one to be trained"
-        raise FingerprintError(
-            text, where=f"round {round}", fix=f"fire score {session.run.root} --round {round} --redo"
-        )
+        part = session.run.part("scores", round)
+        raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
     settings = session.run.config.train.results()
     return {
         "format": FORMAT,
@@ -115,6 +117,13 @@ class _Training:
     def finish(self) -> dict[str, Any]:
         """Do what is left of the round, save the state, export the checkpoint; the numbers for the manifest."""
         log = self.run.root / "metrics.jsonl"
+        if self.done < self.total or self.total == 0:
+            self._train(log)
+        self._export()
+        records = [r for r in metrics.read(log) if r.get("round") == self.round]
+        return {"global_step": self.global_step, "steps": self.total, **_summary(records)}
+
+    def _train(self, log: Path) -> None:
         metrics.rewind(log, self.global_step, self.run.part("checkpoints", self.round).tmp)
         report = self.session.report
         report.start(f"train round-{self.round:03d}", self.total, "steps")
@@ -127,9 +136,6 @@ class _Training:
             if self.cfg.save_every and self.done % self.cfg.save_every == 0 and self.done < self.total:
                 self._save()
         self._save()
-        self._export()
-        records = [r for r in metrics.read(log) if r.get("round") == self.round]
-        return {"global_step": self.global_step, "steps": self.total, **_summary(records)}
 
     def _batches(self) -> Iterator[StepBatch]:
         from fire_data.stream import step_batches
@@ -161,7 +167,8 @@ class _Training:
         """Before the first step: the data must be about this very model (DESIGN: ratio check)."""
         from fire_data.training import ratio_check, ratio_tolerance
 
-        exported = [self.cfg.export_dtype] if self.round else []
+        before = read_manifest(self.run.part("checkpoints", self.round - 1)) if self.round else None
+        exported = [before.fields["train"]["export_dtype"]] if before else []
         tolerance = ratio_tolerance(self.cfg, self.run.config.student.dtype, *exported)
         found = ratio_check(self.model, self.head, batch, self.cfg, self.session.vocabulary, tolerance)
         self.ratio = {"ratio_check": found["ratio_mean_abs"], "ratio_tolerance": tolerance}
@@ -183,20 +190,23 @@ class _Training:
             trainstate.prune_states(self.states, keep=1)
 
     def _restore(self) -> tuple[int, int]:
-        """(global step, steps of this round already done): from the newest state, or (0, 0) from the given student."""
+        """(global step, steps of this round already done), from the newest state that fits or the given student."""
         from fire_data import trainstate
 
-        newest = trainstate.latest_state(self.states)
-        if newest is None:
-            if self.round == 0:
-                return 0, 0
+        found = trainstate.whole_states(self.states)
+        mine = [(p, m) for p, m in found if (m["round"], m["fingerprint"]) == (self.round, self.fingerprint)]
+        before = [(p, m) for p, m in found if m["round"] == self.round - 1 and m["done"] == m["total"]]
+        if mine or before:
+            folder, meta = (mine or before)[0]
+            trainstate.load_state(folder, self.model, self.optimizer)
+            return meta["global_step"], meta["done"] if mine else 0
+        if found:
+            newest = found[0][1]
+            place = f"round {newest['round']}, step {newest['done']} of {newest['total']}"
+            raise self._no_start(f"the training state is of {place}")
+        if self.round:
             raise self._no_start(f"there is no training state at the end of round {self.round - 1}")
-        meta = trainstate.load_state(newest, self.model, self.optimizer)
-        if meta["round"] == self.round and meta["fingerprint"] == self.fingerprint:
-            return meta["global_step"], meta["done"]
-        if meta["round"] == self.round - 1 and meta["done"] == meta["total"]:
-            return meta["global_step"], 0
-        raise self._no_start(f"the training state is of round {meta['round']}, step {meta['done']} of {meta['total']}")
+        return 0, 0
 
     def _no_start(self, what: str) -> IncompleteError:
         fix = (

@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from fire_data import weighing
+from fire_data.overview import start_over
 from fire_data.rules import Expression, make_rule
 from fire_data.run import Run
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
@@ -29,19 +30,27 @@ def configured(run: Run) -> Weighing:
         cfg.denominator,
         cfg.constant,
         cfg.truncated,
+        cfg.end_token,
         cfg.rollout_is_cap,
         run.config.rollout.n,
     )
 
 
-def weigh(run: Run, round: int, report: Reporter | None = None) -> Manifest:
-    """Make, continue or confirm the weights of a round. Returns the sealed manifest with what the rule did."""
+def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = False) -> Manifest:
+    """Make, continue or confirm the weights of a round, or make them anew.
+
+    Returns the sealed manifest with what the rule did.
+    """
     report = report or Silent()
     rule = configured(run)
     source_part = run.part("scores", round)
     source = sealed(source_part)
     stage = Stage(run.part("weights", round, run.config.weights_name), weights_fields(rule, source), source.plan)
     work = _Work(rule, source_part, source.shards)
+
+    if redo:
+        assert work.fitted  # whatever is wrong with the rule is found before anything is set aside
+        start_over(run, "weights", round, report, stage.part.name)
 
     def make(shard: Shard) -> pa.Table:
         columns = [c for c in arrow_schema("weights").names if c in work.schema_names]
@@ -52,10 +61,12 @@ def weigh(run: Run, round: int, report: Reporter | None = None) -> Manifest:
         return _stats(work, stage.part, receipts)
 
     manifest = run_stage(stage, make, finish, report)
-    if manifest.stats.get("n_dropped") == 0 and drops(rule):
-        report.warn(
-            f"the filter of {run.config.weights_name} dropped nothing: it is inert at this scope and these data"
-        )
+    name, stats = run.config.weights_name, manifest.stats
+    if stats["n_dropped"] == 0 and drops(rule):
+        report.warn(f"the filter of {name} dropped nothing: it is inert at this scope and these data")
+    if empty := stats["skipped_steps"]:
+        which = "any step" if len(empty) == len(stats["steps"]) else f"step {', '.join(map(str, empty[:5]))}"
+        report.warn(f"{name} keeps no token in {which}: nothing is learnt there")
     return manifest
 
 
@@ -133,6 +144,7 @@ def weights_fields(rule: Weighing, source: Manifest) -> dict[str, Any]:
         "denominator": rule.divisor,
         "constant": rule.constant,
         "truncated": rule.truncated,
+        "end_token": rule.end_token,
         "rollout_is_cap": rule.rollout_is_cap,
         "n": rule.samples_per_group,
         "scores": source.digest,

@@ -6,6 +6,7 @@ or spread over GPUs cannot change the loss. Coefficients are computed in double 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from typing import Any
 
 import polars as pl
 
-from fire_data.rules import Rule, Stats, make_rule
+from fire_data.rules import Expression, Rule, Stats, Uniform, make_rule
 from fire_data.rules.base import GROUP, ROW, STEP, attach, floats, from_stats, grouped, grouped_sums
 from fire_data.schemas.config import Denominator
 from fire_data.schemas.errors import ConfigError, DataError
-from fire_data.schemas.tables import FLOAT_SIGNALS, WEIGHTS
+from fire_data.schemas.tables import FLOAT_SIGNALS, SUMMARIES, WEIGHTS
 
 _OUTPUT = {c.name for c in WEIGHTS} - {"trajectory_id"}
-_HELPERS = (ROW, GROUP)
+_SUMMARIES = {c.name for c in SUMMARIES}
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,39 @@ def weigh(
     """
     made = make_rule(rule, params, scope)
     weighing = Weighing(made, batch_size, denominator, constant, truncated, end_token, rollout_is_cap)
-    lf = prepare(frame.lazy(), weighing)
+    given = frame.lazy().collect_schema().names()
+    # Summaries are taken from the token columns as they are now, whatever sums the frame carries.
+    stale = {name: f"_given_{name}" for name in given if name in _SUMMARIES and _source(name) in given}
+    lf = prepare(frame.lazy().rename(stale), weighing)
     check_values(lf, weighing)
-    return apply(lf, weighing, fit(lf, weighing)).drop(_HELPERS)
+    lf = apply(lf, weighing, fit(lf, weighing))
+    made = [c for c in lf.collect_schema().names() if c in _OUTPUT]
+    lf = lf.select(*(pl.col(stale.get(c, c)).alias(c) for c in given if c not in made), *made)
+    if isinstance(weighing.rule, Expression):
+        _check_made(lf)
+    return lf
+
+
+def _source(summary: str) -> str:
+    """The token column a summary column is computed from."""
+    special = {"length": "teacher_logprob", "entropy_product_sum": "teacher_entropy"}
+    return special.get(summary) or summary.rpartition("_")[0]
+
+
+def _check_made(lf: pl.LazyFrame) -> None:
+    """An expression can divide by zero or take the logarithm of less: what it makes must be finite."""
+    for name in ("weight", "advantage", "coefficient"):
+        finite = pl.col(name).list.eval(pl.element().is_finite().fill_null(False)).list.all()
+        bad = lf.select(row=pl.int_range(pl.len()), fine=finite).filter(~pl.col("fine")).head(1).collect()
+        if bad.height:
+            text = f"the expression gives a {name} that is not finite"
+            raise DataError(text, where=f"row {bad['row'][0]}", fix="fire rules expression")
 
 
 def prepare(lf: pl.LazyFrame, weighing: Weighing, first_row: int = 0) -> pl.LazyFrame:
     """Add row number, step, group and missing summary columns; check that every needed column is there."""
     have = lf.collect_schema().names()
-    for name in weighing.rule.needs:
+    for name in weighing.rule.columns:
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
@@ -134,7 +159,7 @@ def _with_summaries(lf: pl.LazyFrame, have: list[str]) -> pl.LazyFrame:
 def check_values(lf: pl.LazyFrame, weighing: Weighing) -> None:
     """Raise DataError, naming row and column, if a needed token column is not finite or not as long as the others."""
     schema = lf.collect_schema()
-    columns = [c for c in weighing.rule.needs if isinstance(schema[c], pl.List) and schema[c].inner.is_numeric()]  # type: ignore[attr-defined]
+    columns = [c for c in weighing.rule.columns if isinstance(schema[c], pl.List) and schema[c].inner.is_numeric()]  # type: ignore[attr-defined]
     for name in columns:
         finite = pl.col(name).list.eval(pl.element().is_finite().fill_null(False)).list.all()
         wrong = (~finite | pl.col(name).is_null() | (pl.col(name).list.len() != pl.col("length"))).fill_null(True)
@@ -151,7 +176,7 @@ def check_values(lf: pl.LazyFrame, weighing: Weighing) -> None:
 
 def fit(lf: pl.LazyFrame, weighing: Weighing) -> Fitted:
     """Statistics and denominators of a whole round (`lf` from `prepare`), reading only the columns they depend on."""
-    stats = weighing.rule.fit(lf)
+    stats = weighing.rule.fit(_with_target(lf, weighing))
     kept = _decide(lf, weighing, stats)
     frame = kept.select(STEP, "length", "keep", "_kept").collect()
     totals = grouped(
@@ -163,6 +188,18 @@ def fit(lf: pl.LazyFrame, weighing: Weighing) -> Fitted:
         pl.col("_kept").sum().alias("kept_tokens"),
     )
     return Fitted(stats, totals.sort(STEP).to_dicts())
+
+
+def _with_target(lf: pl.LazyFrame, weighing: Weighing) -> pl.LazyFrame:
+    """For a rule that matches another: how many tokens count under that one, and if everything were kept."""
+    other = weighing.rule.matched
+    if other is None:
+        return lf
+    for name, rule in (("_target", other), ("_own", Uniform())):
+        around = dataclasses.replace(weighing, rule=rule)
+        counted = _decide(lf, around, rule.fit(_with_target(lf, around))).select(ROW, pl.col("_kept").alias(name))
+        lf = lf.join(counted, on=ROW, how="left", maintain_order="left")
+    return lf
 
 
 def apply(lf: pl.LazyFrame, weighing: Weighing, fitted: Fitted) -> pl.LazyFrame:

@@ -254,3 +254,20 @@ def test_weights_are_named_after_their_rule_unless_that_is_an_expression() -> No
     assert name(rule="uniform", name="mine") == "mine"
     assert name(rule={"weight": "1"}) == "expression"
     assert name(rule="weight = teacher_entropy / 2") == "expression"
+
+
+@pytest.mark.parametrize("text", [r"Answer: (\\d+)", "#", "null?", "- x", "{a}"])
+def test_text_on_the_command_line_is_taken_as_it_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "fire.yaml"
+    path.write_text(render_config({"student": {"model": "x"}}))
+    assert load_config(path, (f"verify.pattern={text}",)).verify.pattern == text
+    assert load_config(path, ("verify.pattern=null",)).verify.pattern is None
+    assert load_config(path, ("weigh.params={percentile: 3}",)).weigh.params == {"percentile": 3}
+
+
+@pytest.mark.parametrize("betas", ["[2, 3]", "[0.9, 1.0]", "[-0.1, 0.9]"])
+def test_betas_lie_below_one(tmp_path: Path, betas: str) -> None:
+    path = tmp_path / "fire.yaml"
+    path.write_text(render_config({"student": {"model": "x"}}))
+    with pytest.raises(ConfigError, match="betas"):
+        load_config(path, (f"train.betas={betas}",))

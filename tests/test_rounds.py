@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ import fire_data as fd
 from fire_data import metrics
 from fire_data.create import fork_run
 from fire_data.run import Run
-from fire_data.schemas.errors import FingerprintError, IncompleteError, TrainingError
+from fire_data.schemas.errors import ConfigError, DataError, FingerprintError, IncompleteError, TrainingError
 from fire_data.schemas.manifest import Manifest, Shard
 from fire_data.schemas.tables import conform
 from fire_data.session import Session
 from fire_data.shards import read_shard, sealed
 from fire_data.stages import Stage, run_stage, set_stage_aside
+from fire_data.steps.evaluate import evaluate
 from fire_data.steps.refresh import refresh, round_table
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
@@ -195,3 +197,80 @@ def test_weights_of_other_parameters_than_the_configurations_are_not_trained(mak
         train(session, 0)
     changed = fd.open_run(run.root, ("weigh.params={percentile: 50}",))
     assert train(Session(changed), 0).sealed
+
+
+def test_settings_may_change_between_rounds(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", train={"export_dtype": "bfloat16"})
+    refresh(Session(run), 1)
+    changes = ("rollout.max_new_tokens=12", "eval.n=1", "train.export_dtype=float32", "weigh.rule=uniform")
+    later = fd.open_run(run.root, changes)
+    table = refresh(Session(later), 2)
+    assert [row["round"] for row in table] == ["start", 0, 1]
+    assert [row["kept"] for row in table[1:]] == [pytest.approx(0.75, abs=0.1), 1.0]
+
+
+def test_an_old_checkpoint_is_exported_again_where_its_state_is_kept(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", train={"keep_states": "all"})
+    refresh(Session(run), 2)
+    log = (run.root / "metrics.jsonl").read_bytes()
+    path = run.part("checkpoints", 0).folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert train(Session(run), 0).sealed
+    assert path.read_bytes() == whole
+    assert (run.root / "metrics.jsonl").read_bytes() == log
+
+
+def test_missing_weights_of_the_teacher_are_found_before_the_rollouts(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    teacher = tmp_path / "teacher"
+    assert run.config.teacher is not None
+    shutil.copytree(run.root / run.config.teacher.model, teacher)
+    (teacher / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="safetensors"):
+        rollout(Session(fd.open_run(run.root, (f"teacher.model={teacher}",))), 0)
+    assert not run.part("rollouts", 0).folder.exists()
+
+
+def test_a_resumed_evaluation_keeps_the_order_of_its_prompts(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    evaluate(Session(run), None)
+    lines = (run.root / str(run.config.eval.prompts)).read_text().splitlines(keepends=True)
+    (tmp_path / "reversed.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(FingerprintError, match="prompts"):
+        evaluate(Session(fd.open_run(run.root, (f"eval.prompts={tmp_path / 'reversed.jsonl'}",))), None)
+
+
+def test_an_attempt_that_made_nothing_does_not_hold_its_settings(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    too_long = fd.open_run(run.root, ("rollout.max_new_tokens=100000",))
+    with pytest.raises(DataError, match="positions"):
+        rollout(Session(too_long), 0)
+    assert rollout(Session(run), 0).sealed
+    with pytest.raises(FingerprintError, match="max_new_tokens"):
+        rollout(Session(fd.open_run(run.root, ("rollout.max_new_tokens=17",))), 0)
+
+
+def test_swapped_shards_with_their_receipts_are_made_again(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    session = Session(run)
+    rollout(session, 0)
+    part = run.part("rollouts", 0)
+    honest = {p: p.read_bytes() for p in part.folder.iterdir()}
+    for path in (part.file, part.receipt_path):
+        one, other = path("00000"), path("00001")
+        a, b = one.read_bytes(), other.read_bytes()
+        one.write_bytes(b)
+        other.write_bytes(a)
+    assert rollout(Session(run), 0).sealed
+    assert {p: p.read_bytes() for p in part.folder.iterdir()} == honest
+    assert score(session, 0).sealed
+
+
+def test_redo_without_the_state_before_it_moves_nothing(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    refresh(Session(run), 2)
+    shutil.rmtree(run.root / ".fire" / "train")
+    with pytest.raises(ConfigError, match="cannot be trained again"):
+        train(Session(run), 1, redo=True)
+    assert sealed(run.part("checkpoints", 1)).sealed

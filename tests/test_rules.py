@@ -376,3 +376,80 @@ def test_explode_gives_one_row_per_token_with_every_number() -> None:
     first = tokens.filter(pl.col("trajectory_id") == "t3")
     assert first["position"].to_list() == list(range(len(first)))
     assert first["weight"].to_list() == frame.collect().row(3, named=True)["weight"]
+
+
+@pytest.mark.parametrize(
+    ("match", "policies"),
+    [
+        ("fire", {"truncated": "drop"}),
+        ("fire", {"end_token": "mask"}),
+        ("token_keep = student_logprob < -1", {}),
+        ("token_keep = student_logprob < -1; keep = reward > 0.5", {"truncated": "drop", "end_token": "mask"}),
+    ],
+)
+def test_random_matches_what_the_other_rule_trains_under_every_policy(match: str, policies: dict) -> None:
+    frame = _random_frame(60, seed=13, longest=20)
+    other = fd.weigh(frame, match, batch_size=20, **policies).collect()
+    mine = fd.weigh(frame, "random", batch_size=20, match=match, **policies).collect()
+    for step in range(3):
+        trained = [sum(map(len, _active(f.filter(pl.col("step") == step)))) for f in (other, mine)]
+        assert abs(trained[0] - trained[1]) <= 20
+
+
+def _active(frame: pl.DataFrame) -> list[list[float]]:
+    """Per kept trajectory the coefficients of the tokens that are not masked."""
+    rows = frame.filter("keep").to_dicts()
+    masks = [r.get("token_keep") or [True] * len(r["weight"]) for r in rows]
+    return [[c for c, m in zip(r["coefficient"], mask, strict=True) if m] for r, mask in zip(rows, masks, strict=True)]
+
+
+def test_random_needs_what_the_rule_it_matches_needs() -> None:
+    with pytest.raises(ConfigError, match="'teacher_entropy'"):
+        fd.weigh(_random_frame(4).drop("teacher_entropy"), "random")
+    with pytest.raises(ConfigError, match="splits the 4 samples"):
+        Weighing(make_rule("random", {"match_params": {"filter_scope": "group"}}), batch_size=6, samples_per_group=4)
+
+
+def test_end_token_can_be_left_out_of_the_loss() -> None:
+    frame = _random_frame(9, seed=14)
+    mine = fd.weigh(frame, "uniform", end_token="mask").collect()
+    lengths, stopped = frame["student_logprob"].list.len(), frame["finish_reason"] == "stop"
+    counted = (lengths - stopped.cast(pl.UInt32)).sum()
+    for row, ended in zip(mine.iter_rows(named=True), stopped, strict=True):
+        expected = np.array(row["advantage"]) / counted
+        expected[-1] *= not ended
+        np.testing.assert_allclose(row["coefficient"], expected, rtol=1e-5)
+
+
+def test_sums_that_a_frame_carries_are_not_trusted_over_its_tokens() -> None:
+    frame = _random_frame(10, seed=15)
+    stale = frame.with_columns(teacher_logprob_sum=pl.lit(-1.0), length=pl.lit(3), teacher_entropy_max=pl.lit(9.0))
+    fresh, mine = fd.weigh(frame, "fire").collect(), fd.weigh(stale, "fire").collect()
+    assert mine["keep"].to_list() == fresh["keep"].to_list()
+    assert _flat(mine["weight"]).tolist() == _flat(fresh["weight"]).tolist()
+    assert mine["length"].to_list() == [3] * 10, "the frame's own columns come back as they were"
+    assert set(fresh.columns) - set(frame.columns) == {
+        "step", "keep", "drop_reason", "weight", "advantage", "coefficient",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["weight = LN(teacher_entropy - 100)", "weight = 1 / (student_entropy * 0)"])
+def test_an_expression_that_is_not_finite_is_refused(rule: str) -> None:
+    with pytest.raises(DataError, match="not finite"):
+        fd.weigh(_random_frame(4), rule)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["keep = teacher_entropy > 0.5", "keep = AVG(teacher_logprob) > -5", "weight = 'a'", "keep = finish_reason + 1",
+     "keep = (SELECT 1)", "weight = finish_reason"],
+)  # fmt: skip
+def test_an_expression_that_cannot_be_computed_says_what_it_sees(rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        fd.weigh(_random_frame(4), rule).collect()
+    assert rule.partition(" =")[0] in str(caught.value)
+
+
+def test_the_name_expression_alone_is_no_rule() -> None:
+    with pytest.raises(ConfigError, match="needs one of"):
+        make_rule("expression")

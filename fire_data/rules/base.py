@@ -38,6 +38,16 @@ class Rule:
         return "shard"
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns this instance reads: `needs`, and what its parameters add."""
+        return self.needs
+
+    @property
+    def matched(self) -> Rule | None:
+        """Another rule whose kept tokens this one is measured against: `fit` then finds `_target` and `_own`."""
+        return None
+
+    @property
     def uses_groups(self) -> bool:
         """True if a statistic is taken over the samples of a prompt: a step must then hold whole groups."""
         return False
@@ -46,7 +56,8 @@ class Rule:
         """Statistics over the round as lists of JSON rows, keyed by their scope's columns.
 
         `lf` has one row per trajectory with the columns of `needs`, the summaries derived from them, and
-        `_row`, `_group`, `step`.
+        `_row`, `_group`, `step`; for a rule that is `matched` to another also `_target` and `_own`: the tokens that
+        count under the other rule, and if this one keeps the trajectory.
         """
         return {}
 

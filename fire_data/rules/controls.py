@@ -6,12 +6,13 @@ A rule that beats `uniform` may only have trained on fewer tokens; `random` at t
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import polars as pl
 
-from fire_data.rules.base import ROW, STEP, Rule, Stats, from_stats, ones, plain_advantage
+from fire_data.rules.base import STEP, Rule, Stats, from_stats, ones, plain_advantage
 from fire_data.schemas.errors import ConfigError
 
 
@@ -51,14 +52,23 @@ class Random(Rule):
         if self.match == self.name:
             raise ConfigError("random cannot match itself", where="rule random", fix="--set weigh.params.match=fire")
 
-    def fit(self, lf: pl.LazyFrame) -> Stats:
+    @property
+    def matched(self) -> Rule:
         from fire_data.rules import make_rule
 
-        matched = make_rule(self.match, self.match_params)
-        kept = matched.apply(lf, matched.fit(lf)).select(ROW, "keep")
-        frame = lf.select(ROW, STEP, "trajectory_id", "length").join(kept, on=ROW, maintain_order="left").collect()
-        cuts = [self._cut(part) for part in frame.partition_by(STEP, maintain_order=True)]
-        return {"cut": cuts}
+        return make_rule(self.match, self.match_params)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.needs, *self.matched.columns)))
+
+    @property
+    def uses_groups(self) -> bool:
+        return self.matched.uses_groups
+
+    def fit(self, lf: pl.LazyFrame) -> Stats:
+        frame = lf.select(STEP, "trajectory_id", "_own", "_target").collect()
+        return {"cut": [self._cut(part) for part in frame.partition_by(STEP, maintain_order=True)]}
 
     def apply(self, lf: pl.LazyFrame, stats: Stats) -> pl.LazyFrame:
         schema = pl.Schema({STEP: lf.select(STEP).collect_schema()[STEP]})
@@ -77,13 +87,9 @@ class Random(Rule):
 
     def _cut(self, step: pl.DataFrame) -> dict[str, Any]:
         """The rank below which trajectories are kept, so that their tokens come nearest to the matched rule's."""
-        target = int(step.filter(pl.col("keep"))["length"].sum())
-        ranked = sorted(zip(map(self._rank, step["trajectory_id"]), step["length"], strict=True))
-        best, below, kept = target, "", 0
-        total = 0
-        for i, (_, length) in enumerate(ranked):
-            total += length
-            if abs(total - target) < best or (total == 0 == target):
-                best, kept = abs(total - target), total
-                below = ranked[i + 1][0] if i + 1 < len(ranked) else "g"  # after every hex digit
-        return {STEP: step[STEP][0], "below": below, "tokens": kept, "matched_tokens": target}
+        target = int(step["_target"].sum())
+        ranked = sorted(zip(map(self._rank, step["trajectory_id"]), step["_own"], strict=True))
+        bounds = [*(rank for rank, _ in ranked), "g"]  # "g" lies behind every hex digit
+        totals = [0, *itertools.accumulate(tokens for _, tokens in ranked)]
+        nearest = min(range(len(totals)), key=lambda i: (abs(totals[i] - target), i))
+        return {STEP: step[STEP][0], "below": bounds[nearest], "tokens": totals[nearest], "matched_tokens": target}

@@ -27,6 +27,7 @@ from fire_data.rules.base import (
 )
 from fire_data.schemas.config import Normalise, Scope
 from fire_data.schemas.errors import ConfigError
+from fire_data.schemas.tables import FLOAT_SIGNALS
 
 PARTS = ("keep", "weight", "advantage", "token_keep")
 
@@ -57,6 +58,12 @@ class Expression(Rule):
     def __post_init__(self) -> None:
         for part in PARTS:
             self._expression(part)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        used = (e.meta.root_names() for part in PARTS if (e := self._expression(part)) is not None)
+        signals = [name for names in used for name in names if name in FLOAT_SIGNALS]
+        return tuple(dict.fromkeys((*self.needs, *signals)))
 
     @property
     def reads(self) -> Literal["shard", "step", "round"]:
@@ -150,7 +157,9 @@ class Expression(Rule):
         per_token = part != "keep"
         types = {n: t.inner if per_token and isinstance(t, pl.List) else t for n, t in schema.items()}
         try:
-            pl.DataFrame(schema=types).select(expression)  # type: ignore[arg-type]
+            made = pl.DataFrame(schema=types).select(expression).dtypes[0]  # type: ignore[arg-type]
+            if not (made.is_numeric() or made in (pl.Boolean, pl.Null)):
+                raise PolarsError(f"it gives {made}, not numbers")
         except PolarsError as error:
             unit = "token, signals are numbers" if per_token else "trajectory, signals are lists: use _sum or _max"
             text = f"{part} cannot be computed: {str(error).splitlines()[0]} ({part} is evaluated once per {unit})"

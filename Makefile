@@ -13,9 +13,12 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-check: $(STAMP) .types/fire_data
+# mypy follows no import hooks: it needs to see cli/ and schemas/ where they are installed.
+check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	rm -rf .types && mkdir -p .types/fire_data
+	ln -s $(CURDIR)/fire_data/* $(CURDIR)/cli $(CURDIR)/schemas .types/fire_data/
 	MYPYPATH=.types $(BIN)/mypy -p fire_data
 
 format: $(STAMP)
@@ -27,11 +30,6 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
 	touch $@
-
-# mypy follows no import hooks: it needs to see cli/ and schemas/ where they are installed.
-.types/fire_data:
-	mkdir -p $@
-	ln -sfn $(CURDIR)/fire_data/* $(CURDIR)/cli $(CURDIR)/schemas $@/
 
 clean:
 	rm -rf $(VENV) .types build *.egg-info

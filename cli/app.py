@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import guarded, say
+from .errors import entry, guarded, say
 from .terminal import Terminal, hint, show, show_one
 
 if TYPE_CHECKING:
@@ -319,4 +319,4 @@ def demo(
 
 def main() -> None:
     """Entry of the script `fire`."""
-    app()
+    entry(app)

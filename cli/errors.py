@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -51,18 +52,55 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(error.exit_code) from None
         except Exception as error:  # noqa: BLE001 - the outermost layer: whatever it is, no traceback and exit 1
             _debug(error)
-            what, fix = _HINTS.get(
-                type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it")
-            )
-            say(f"error: {what}: {type(error).__name__}: {first_line(error)}\n  fix:   {fix}")
+            _explain(error)
             raise typer.Exit(1) from None
 
     return run
 
 
+def entry(app: Callable[[], object]) -> None:
+    """Call the whole application: also help and usage, printed before any command starts, leave no traceback."""
+    was_null = _stdout_is_null()
+    try:
+        app()
+    except SystemExit as end:
+        # rich prints the help. When the reader has left, it turns stdout to the null device and ends with 1.
+        if end.code == 1 and _stdout_is_null() and not was_null:
+            raise SystemExit(0) from None
+        raise
+    except OSError as error:
+        _debug(error)
+        _explain(error)
+        raise SystemExit(1) from None
+
+
+def _stdout_is_null() -> bool:
+    try:
+        return os.path.samestat(os.fstat(1), os.stat(os.devnull))
+    except OSError:  # there is no stdout
+        return False
+
+
+def _explain(error: Exception) -> None:
+    what, fix = _HINTS.get(type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it"))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what, fix = "the disk is full", "free some space where the output goes, then the same command"
+    say(f"error: {what}: {type(error).__name__}: {first_line(error)}\n  fix:   {fix}")
+
+
 def say(text: str) -> None:
-    """A line for people, on stderr."""
-    typer.echo(text, err=True)
+    """Lines for people, on stderr."""
+    typer.echo(visible_lines(text), err=True)
+
+
+def visible(text: str) -> str:
+    """Control characters as their escapes: no response, prompt or file name can steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible_lines(text: str) -> str:
+    """As `visible`, with the line breaks kept."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def first_line(error: BaseException) -> str:

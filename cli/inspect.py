@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .terminal import show, show_one, visible
+from .errors import visible
+from .terminal import show, show_one, stdout
 
 if TYPE_CHECKING:
     from fire_data.run import Run
@@ -58,7 +59,7 @@ def show_trajectory(run: Run, round: int, which: str, name: str | None, as_json:
         return
     show_one({k: row[k] for k in _FACTS if k in row}, False)
     for message in row["messages"] or []:
-        typer.echo(f"{message['role']}: {visible(message['content'])}")
+        typer.echo(visible(f"{message['role']}: {message['content']}"))
     found = pieces(load_tokenizer(run.config.student, run.root), row["response_ids"])
     _coloured(found, row.get("weight") or [])
     columns = {title: spec for title, spec in _NUMBERS.items() if spec[0] in row}
@@ -75,7 +76,6 @@ def show_trajectory(run: Run, round: int, which: str, name: str | None, as_json:
 
 def _coloured(found: list[Piece], weights: list[float]) -> None:
     """The response with a background that brightens with the weight; a legend gives the ends of the scale."""
-    from rich.console import Console
     from rich.text import Text
 
     low, high = min(weights, default=0.0), max(weights, default=0.0)
@@ -84,10 +84,10 @@ def _coloured(found: list[Piece], weights: list[float]) -> None:
         value = max(weights[piece.start : piece.stop], default=low)
         shade = int((value - low) / (high - low) * (len(_SHADES) - 1)) if high > low else 0
         line.append(visible(piece.text), style=_SHADES[shade] if weights else "")
-    console = Console()
+    console = stdout()
     console.print(line, soft_wrap=True)
     if weights:
         legend = Text(f"weight {low:.3g} ")
         for style in _SHADES:
             legend.append("  ", style=style)
-        console.print(legend.append(f" {high:.3g}"))
+        console.print(legend.append(f" {high:.3g}"), soft_wrap=True)

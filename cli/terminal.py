@@ -7,11 +7,17 @@ import shlex
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .errors import say
+from .errors import say, visible, visible_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_GAP = 2  # blanks between columns
+_NARROW = 16  # cells
 
 
 class Terminal(AbstractContextManager["Terminal"]):
@@ -21,12 +27,12 @@ class Terminal(AbstractContextManager["Terminal"]):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[unit]}", markup=False),
         )
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
         self.task: Any = None
@@ -36,17 +42,17 @@ class Terminal(AbstractContextManager["Terminal"]):
             self.progress.start()
         else:
             self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(what, total=total, unit=unit)
+        self.task = self.progress.add_task(visible(what), total=total, unit=unit)
 
     def advance(self, count: int) -> None:
         if self.task is not None:
             self.progress.advance(self.task, count)
 
     def note(self, text: str) -> None:
-        self.console.print(text, style="dim", markup=False, highlight=False)
+        self.console.print(visible_lines(text), style="dim", soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
+        self.console.print(visible_lines(f"warning: {text}"), style="yellow", soft_wrap=True)
 
     def __enter__(self) -> Terminal:
         return self
@@ -65,22 +71,52 @@ def hint(*command: object) -> None:
 
 
 def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None) -> None:
-    """Rows as a table for people or as JSON for machines, on stdout."""
+    """Rows as a table for people or as JSON for machines, on stdout. Nothing is cropped in a narrow terminal."""
     if as_json:
         typer.echo(json.dumps(list(rows), ensure_ascii=False, indent=1, default=str))
         return
-    from rich.console import Console
+    from rich.cells import cell_len
     from rich.table import Table
 
     names = list(dict.fromkeys(k for row in rows for k in row))
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for name in names:
-        numeric = all(_numeric(row.get(name)) for row in rows)
-        widest = max((len(text(row.get(name))) for row in rows), default=0) if numeric else None
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold", min_width=widest)
-    for row in rows:
-        table.add_row(*(text(row.get(n)) for n in names))
-    Console(soft_wrap=False).print(table, markup=False)
+    columns = {name: [text(row.get(name)) for row in rows] for name in names}
+    numeric = {name for name in names if all(_numeric(row.get(name)) for row in rows)}
+    words = {name: max(map(cell_len, name.split()), default=0) for name in names}
+    # Text is folded down to this width but no further, so that it stays text.
+    narrow = max([_NARROW, *(words[name] for name in names if name not in numeric)])
+    table = Table(
+        title=None if title is None else visible(title),
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+    )
+    needed = _GAP * (len(names) - 1)
+    for name, cells in columns.items():
+        widest = max(map(cell_len, cells), default=0)
+        if name in numeric:
+            width = max(widest, words[name])
+            table.add_column(visible(name), justify="right", width=width)
+        else:
+            width = min(max(widest, cell_len(name)), narrow)
+            table.add_column(visible(name), overflow="fold")
+        needed += width
+    for i in range(len(rows)):
+        table.add_row(*(cells[i] for cells in columns.values()))
+    console = stdout()
+    # What does not fit even so is wrapped by the terminal.
+    stdout(width=max(console.width, needed)).print(table)
+
+
+def stdout(**options: Any) -> Console:
+    """A rich console that prints texts as they are and leaves a reader that has gone to `errors.guarded`."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Plain(markup=False, emoji=False, highlight=False, **options)
 
 
 def _numeric(value: Any) -> bool:
@@ -109,12 +145,7 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
+        return ", ".join(map(text, value))
     if isinstance(value, dict):
-        return ", ".join(f"{k}={text(v)}" for k, v in value.items())
+        return ", ".join(f"{visible(str(k))}={text(v)}" for k, v in value.items())
     return visible(str(value))
-
-
-def visible(text: str) -> str:
-    """Control characters as their escapes: no response, prompt or file name can steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -2,7 +2,8 @@
 
 Why apart: student and teacher may have different templates, so the same messages can become two lists of ids, and a
 base model has no template at all and must be asked for explicitly (`rollout.raw: true`). The template's text and its
-arguments decide the prompt ids, so they have a fingerprint.
+arguments alone decide the prompt ids, so they have a fingerprint: a template that asks for today's date through
+`strftime_now` is given `date_string` of `chat_template_kwargs` as it stands there, else the same date every day.
 """
 
 from __future__ import annotations
@@ -17,7 +18,17 @@ from fire_data.schemas.manifest import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# 26 July 2024, midnight: the date that Llama's templates fall back to where there is no clock. Spelled out, because
+# strftime speaks the language of the machine.
+_DATE = {
+    "%d": "26", "%-d": "26", "%e": "26", "%m": "07", "%-m": "7", "%Y": "2024", "%y": "24", "%j": "208",
+    "%b": "Jul", "%h": "Jul", "%B": "July", "%a": "Fri", "%A": "Friday", "%F": "2024-07-26", "%D": "07/26/24",
+    "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM", "%T": "00:00:00", "%R": "00:00", "%Z": "UTC",
+    "%z": "+0000", "%x": "07/26/24", "%X": "00:00:00", "%c": "Fri Jul 26 00:00:00 2024", "%%": "%",
+}  # fmt: skip
 _FIX = "set rollout.raw: true to use the text as it is, or give the model a chat_template file in fire.yaml"
+# A template is a program; besides errors of its own it can end in 1 / 0, a macro that calls itself or 'x' * 10**18.
+_REFUSALS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 
 def render(
@@ -46,20 +57,33 @@ def render(
     except TemplateSyntaxError as error:
         fix = "correct the template (chat_template) or give another"
         raise ConfigError(f"the chat template is not valid Jinja: {error}", where=cfg.model, fix=fix) from None
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except (TemplateError, *_REFUSALS) as error:
         roles = ", ".join(str(m.get("role")) for m in messages)
-        text = f"the chat template refuses the messages (roles: {roles}): {error}"
+        text = f"the chat template refuses the messages (roles: {roles}): {str(error) or type(error).__name__}"
         raise DataError(text, where=cfg.model, fix="change the messages or give another chat_template") from None
     return _some(list(encoded["input_ids"]))
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig, base: Path, text: str, raw: bool) -> list[int]:
-    """Prompt ids of a plain `prompt`: one user message under a template, else the text itself. Raises as `render`."""
-    return render(tokenizer, cfg, base, [{"role": "user", "content": text}], raw)
-
-
 def chat_template(tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig, base: Path) -> str:
-    """The Jinja text of `cfg.chat_template`, else the tokenizer's own. Raises ConfigError if there is neither."""
+    """The Jinja text of `cfg.chat_template`, else the tokenizer's own; with a clock that stands if it asks for one.
+
+    Raises:
+        ConfigError: there is no template, or its file cannot be read.
+    """
+    text = _template_text(tokenizer, cfg, base)
+    return _clock(cfg.chat_template_kwargs) + text if "strftime_now" in text else text
+
+
+def _clock(arguments: dict[str, Any]) -> str:
+    """A macro that hides transformers' function of this name. Jinja drops the line break after it."""
+    if "date_string" in arguments:
+        date = repr(str(arguments["date_string"]))
+    else:
+        date = "format" + "".join(f"|replace('{directive}', '{value}')" for directive, value in _DATE.items())
+    return "{%- macro strftime_now(format) -%}{{ " + date + " }}{%- endmacro %}\n"
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase, cfg: ModelConfig, base: Path) -> str:
     if cfg.chat_template:
         path = base / Path(cfg.chat_template).expanduser()
         try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from fire_data.kvcache import RoomyLayer, roomy, take
 from fire_data.sampling import Sampling, sample_tokens, uniforms
 from fire_data.schemas.errors import DataError, EngineError
 from fire_data.schemas.tables import FLOATS, IDS
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 _REFILL_SHARE = 1 / 4
 # Bounds the activations of one prefill, in padded tokens.
 _PREFILL_TOKENS = 16384
+# Eager attention takes its softmax in fp32, where the mask of a padded fp64 row overflows.
+_NOT_FINITE = (
+    "in float64 use dtype float32 or attention sdpa, or prompts of equal length; otherwise look for NaN in the weights"
+)
 
 
 @dataclass(frozen=True)
@@ -84,58 +89,6 @@ class _Buffers:
         return cls(np.empty(shape), np.empty(shape, dtype=np.int32), np.empty(shape), free)
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values as the window [:rows, :, start:end] of a larger room, which changes in place.
-
-    A step writes one column, a leaving row is overwritten by the last one, newcomers are written below; the plain
-    layer copies all it holds in each of these cases. Cells outside of a row's own tokens hold leftovers or zeros:
-    they are masked, so only their being finite matters.
-    """
-
-    room: tuple[Tensor, ...] = ()
-    rows = start = end = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append columns to the present rows; returns the keys and values [rows, H, end - start, D] of the window."""
-        if self.end + key_states.shape[2] > self.room[0].shape[2]:
-            self._rebuild(self.room, self.rows, left=0, right=key_states.shape[2])
-        for room, states in zip(self.room, (key_states, value_states), strict=True):
-            room[: self.rows, :, self.end : self.end + states.shape[2]] = states
-        self.end += key_states.shape[2]
-        return self._show()
-
-    def keep(self, rows: int, gaps: Tensor, movers: Tensor, crop: int) -> None:
-        """Copy rows `movers` over rows `gaps`, keep the first `rows` and drop `crop` columns on the left."""
-        for room in self.room if len(gaps) else ():
-            room[gaps, :, self.start : self.end] = room[movers, :, self.start : self.end]
-        self.rows, self.start = rows, self.start + crop
-        self._show()
-
-    def absorb(self, keys: Tensor, values: Tensor) -> None:
-        """Add rows below, aligned on the right; the window becomes as wide as the wider of both."""
-        rows, width = self.rows + keys.shape[0], max(keys.shape[2], self.end - self.start)
-        if not self.room or rows > self.room[0].shape[0] or width > self.end:
-            self._rebuild(self.room or (keys, values), rows, left=width - (self.end - self.start), right=0)
-        for room, states in zip(self.room, (keys, values), strict=True):
-            room[self.rows : rows, :, self.end - states.shape[2] : self.end] = states
-        self.rows, self.start = rows, self.end - width
-        self._show()
-
-    def _rebuild(self, like: tuple[Tensor, ...], rows: int, left: int, right: int) -> None:
-        """Move to a new room of `rows`, with `left` and `right` columns around the window and a quarter to grow."""
-        width = self.end - self.start
-        columns = left + width + right
-        room = tuple(t.new_zeros(rows, t.shape[1], columns + max(32, columns // 4), t.shape[3]) for t in like)
-        for new, old in zip(room, self.room, strict=False):
-            new[: self.rows, :, left : left + width] = old[: self.rows, :, self.start : self.end]
-        self.room, self.start, self.end = room, left, left + width
-
-    def _show(self) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (room[: self.rows, :, self.start : self.end] for room in self.room)
-        self.is_initialized = True
-        return self.keys, self.values
-
-
 def admit(waiting: int, running: int, capacity: int, mergeable: bool) -> int:
     """How many waiting prompts enter now. An empty batch fills up; a running one refills in groups, waves never."""
     free = capacity - running
@@ -161,6 +114,11 @@ class TransformersGenerator:
             raise EngineError(f"{type(model).__name__} takes no past_key_values: generating needs a KV cache")
         self._takes_positions = "position_ids" in accepted
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether any stop token can be sampled; if not, every response is as long as `max_new_tokens`."""
+        return bool((self.stops_V & self.vocabulary.allowed).any())
 
     def generate(
         self, requests: pa.Table, sampling: Sampling, progress: Callable[[int], None] | None = None
@@ -298,7 +256,7 @@ class _Run:
         logits_BV = self.engine.forward(torch.as_tensor(ids_BL, device=self.device), pad_B1, cache, width)
         if len(distinct) < len(requests):
             index_B = torch.as_tensor(prompt_B, device=self.device)
-            _take(cache, index_B)
+            take(cache, index_B)
             logits_BV = logits_BV[index_B]
         slots = np.array([self.buffers.free.pop() for _ in requests])
         for slot, request in zip(slots, requests, strict=True):
@@ -322,7 +280,7 @@ class _Run:
         ids, logprobs = torch.stack([ids_B.double(), logprob_B.double()]).cpu().numpy()
         if not np.isfinite(logprobs.sum()):
             name = self.trajectory_ids[rows.request_B[np.argmin(np.isfinite(logprobs))]]
-            raise EngineError("the model's logits are not finite", where=f"rollout, trajectory {name}")
+            raise EngineError("the model's logits are not finite", where=f"rollout, trajectory {name}", fix=_NOT_FINITE)
         ids = ids.astype(np.int64)
         self.buffers.ids[rows.slot_B, rows.count_B] = ids
         self.buffers.logprobs[rows.slot_B, rows.count_B] = logprobs
@@ -353,10 +311,10 @@ class _Run:
         if isinstance(rows.cache.layers[0], RoomyLayer):
             crop = int(pad_B.min())
             to, source = torch.as_tensor(gaps, device=self.device), torch.as_tensor(movers, device=self.device)
-            for layer in _roomy(rows.cache):
+            for layer in roomy(rows.cache):
                 layer.keep(len(keep_B), to, source, crop)
         else:
-            _take(rows.cache, index_B)
+            take(rows.cache, index_B)
         host = (rows.request_B[keep_B], rows.slot_B[keep_B], rows.count_B[keep_B])
         return _Rows(rows.cache, rows.width - crop, rows.last_B[index_B], pad_B - crop, *host)
 
@@ -368,7 +326,7 @@ class _Run:
             cache.layers = [RoomyLayer() for _ in cache.layers]  # type: ignore[no-untyped-call]
             rows = _Rows(cache, 0, fresh.last_B[:0], *(fresh.pad_B[:0] for _ in range(4)))
         fresh_layers: list[Any] = fresh.cache.layers
-        for layer, other in zip(_roomy(rows.cache), fresh_layers, strict=True):
+        for layer, other in zip(roomy(rows.cache), fresh_layers, strict=True):
             layer.absorb(other.keys, other.values)
         width = max(rows.width, fresh.width)
         pad_B = np.concatenate([rows.pad_B + width - rows.width, fresh.pad_B + width - fresh.width])
@@ -379,12 +337,3 @@ class _Run:
 
 def _on_device(pad_B: np.ndarray, device: torch.device) -> Tensor | None:
     return torch.as_tensor(pad_B, device=device).unsqueeze(1) if pad_B.any() else None
-
-
-def _take(cache: DynamicCache, index_B: Tensor) -> None:
-    """Keep the cache rows `index_B`, repeats allowed. Beam search's method is the one that every kind of layer has."""
-    cache.reorder_cache(cast(torch.LongTensor, index_B))
-
-
-def _roomy(cache: DynamicCache) -> list[RoomyLayer]:
-    return cast(list[RoomyLayer], cache.layers)

@@ -1,7 +1,8 @@
 """Which rows go through the model together, how they are padded, and where their response tokens are predicted.
 
-The loss is a sum over tokens, so grouping is free: rows of similar length go together and little is padded. Grouping
-depends only on the lengths and the budget, never on time or memory, so a step can be repeated exactly.
+Scores belong to tokens and the loss is a sum over them, so grouping is free: rows of similar length go together and
+little is padded. Grouping depends only on the lengths and the budget, never on time or memory, so a step can be
+repeated exactly.
 Units: lengths and budgets are tokens. `_B` sequences, `_L` padded length, `_T` response tokens, packed.
 """
 
@@ -35,17 +36,13 @@ def micro_batches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[li
     return groups
 
 
-def pad(rows: Sequence[Row], *, pad_id: int = 0, multiple: int = 1) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     """Rows of ids to `ids_BL` int64 and `mask_BL` bool (true at real tokens), padded on the right.
 
-    Args:
-        rows: the ids of each sequence.
-        pad_id: what stands in the padding; causal attention never reads it from a real position.
-        multiple: L is rounded up to a multiple of this.
+    In the padding stands id 0: causal attention never reads it from a real position.
     """
-    longest = max((len(row) for row in rows), default=0)
-    width = -(-longest // multiple) * multiple
-    ids_BL = np.full((len(rows), width), pad_id, dtype=np.int64)
+    width = max((len(row) for row in rows), default=0)
+    ids_BL = np.zeros((len(rows), width), dtype=np.int64)
     mask_BL = np.zeros((len(rows), width), dtype=np.bool_)
     for i, row in enumerate(rows):
         ids_BL[i, : len(row)] = row

@@ -9,7 +9,7 @@ sequences, `_L` padded length, `_T` packed response tokens, `_D` hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import torch
 
 from fire_data.models import head_of, hidden_states
+from fire_data.packing import micro_batches, pad, response_index
 from fire_data.schemas.errors import DataError
 from fire_data.schemas.tables import FLOAT_SIGNALS, SIGNALS, SUMMARIES
 from fire_data.signals import Head, token_signals
@@ -67,10 +68,11 @@ class TransformersScorer:
             EngineError: a model's head is not understood.
         """
         rows = _read_rows(rollouts)
+        ordered = sorted(rows, key=_content)  # of equal lengths: the order of rows in the table does not matter
         heads = head_of(self.student), head_of(self.teacher)
         signals: list[dict[str, Array]] = [{} for _ in rows]
-        for batch in batches([r.length for r in rows], [_content(r) for r in rows], self.tokens_per_batch):
-            chosen = [rows[i] for i in batch if rows[i].response]
+        for batch in micro_batches([r.length for r in ordered], self.tokens_per_batch):
+            chosen = [ordered[i] for i in batch if ordered[i].response]
             if chosen:
                 columns = self._score_batch(chosen, heads)
                 ends = np.cumsum([len(r.response) for r in chosen])[:-1]
@@ -91,20 +93,6 @@ class TransformersScorer:
                 student_TD, heads[0], teacher_TD, heads[1], ids_T, self.vocabulary, self.budget_bytes
             )
         return {name: values.cpu().numpy() for name, values in columns.items()}
-
-
-def batches(lengths: list[int], contents: Sequence[Any], tokens_per_batch: int) -> list[list[int]]:
-    """Indices of rows put together, longest first, so that rows × longest row stays within `tokens_per_batch`.
-
-    A longer row is a batch of its own. Equal lengths are ordered by content: the order of rows does not matter.
-    """
-    result: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], contents[i])):
-        if result and (len(result[-1]) + 1) * lengths[result[-1][0]] <= tokens_per_batch:
-            result[-1].append(i)
-        else:
-            result.append([i])
-    return result
 
 
 def summarise(table: pa.Table) -> pa.Table:
@@ -151,17 +139,12 @@ def _content(row: _Row) -> tuple[list[int], list[int], list[int]]:
 
 
 def _predicting_states(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Hidden states [T, D] at the positions that predict the response tokens of (prompt, response) rows, packed."""
-    device = model.device
+    """Hidden states [T, D] that predict the response tokens of (prompt, response) rows, row after row."""
     # The last response token predicts nothing that was sampled, so it is not fed.
-    ids = [prompt + response[:-1] for prompt, response in rows]
-    length = max(map(len, ids))
-    ids_BL = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=device)
-    mask_BL = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids], device=device)
-    positions_L = torch.arange(length, device=device)
-    starts_B1 = torch.tensor([[len(prompt) - 1] for prompt, _ in rows], device=device)
-    predicts_BL = (positions_L >= starts_B1) & mask_BL.bool()
-    return hidden_states(model, ids_BL, mask_BL)[predicts_BL]
+    ids_BL, mask_BL = pad([prompt + response[:-1] for prompt, response in rows])
+    row_T, position_T = response_index([len(p) for p, _ in rows], [len(r) for _, r in rows])
+    states_BLD = hidden_states(model, ids_BL.to(model.device), mask_BL)
+    return states_BLD[row_T.to(states_BLD.device), position_T.to(states_BLD.device)]
 
 
 def _signal_table(rows: list[dict[str, Array]]) -> pa.Table:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 ROLES = ("bos", "eos", "pad", "unk")
 _SHOWN = 5  # differing ids named in a message
+_OTHER_END = (
+    ": training may teach the student not to stop; see last_token_advantage of `fire score`, and weigh.end_token: mask"
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -86,6 +89,7 @@ class Comparison:
         """Differences that do not stop a run: special roles, and ids that only one of the two has."""
         lines = [
             f"{role} is id {_or_none(student)} for the student and id {_or_none(teacher)} for the teacher"
+            + (_OTHER_END if role == "eos" else "")
             for role, (student, teacher) in self.roles.items()
         ]
         for who, other, ids in (

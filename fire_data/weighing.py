@@ -87,8 +87,8 @@ def weigh(
     lf = prepare(frame.lazy().rename(stale), weighing)
     check_values(lf, weighing)
     lf = apply(lf, weighing, fit(lf, weighing))
-    made = [c for c in lf.collect_schema().names() if c in _OUTPUT]
-    lf = lf.select(*(pl.col(stale.get(c, c)).alias(c) for c in given if c not in made), *made)
+    added = [c for c in lf.collect_schema().names() if c in _OUTPUT]
+    lf = lf.select(*(pl.col(stale.get(c, c)).alias(c) for c in given if c not in added), *added)
     if isinstance(weighing.rule, Expression):
         _check_made(lf)
     return lf

@@ -60,7 +60,9 @@ class ModelConfig(Section):
     revision: str | None = _field(None, "Hub revision; a commit hash pins it")
     dtype: Dtype = _field("float32", "weights and matmuls while generating and scoring; softmax is fp32 or better")
     chat_template: str | None = _field(None, "file with a Jinja chat template, instead of the tokenizer's own")
-    chat_template_kwargs: dict[str, Any] = _field({}, "passed to the chat template, e.g. {enable_thinking: false}")
+    chat_template_kwargs: dict[str, Any] = _field(
+        {}, "for the chat template: {enable_thinking: false}; date_string sets its date"
+    )
     trust_remote_code: bool = _field(
         False, "run Python code from the model's repository; leave off unless you wrote it"
     )

@@ -511,6 +511,25 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path, make_fake_run: MakeRun
     assert "Exception" not in done.stderr
 
 
+def piped(arguments: str, to: str) -> subprocess.CompletedProcess[str]:
+    script = "from fire_data.cli.errors import entry; from fire_data.cli.app import app; entry(app)"
+    command = f"set -o pipefail; {sys.executable} -c {shlex.quote(script)} {arguments} {to}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("arguments", ["rules", "rules fire", "rules --json", "init --help"])
+def test_output_that_cannot_be_written_is_1_and_output_that_nobody_reads_is_0(arguments: str) -> None:
+    done = piped(arguments, "> /dev/full")
+    assert done.returncode == 1
+    assert "error: the disk is full" in done.stderr
+    assert "fix:" in done.stderr
+    unread = piped(arguments, "| (exec <&-; sleep 3)")
+    assert (unread.returncode, unread.stderr) == (0, "")
+    for answer in (done, unread):
+        assert "Traceback" not in answer.stderr
+        assert "Exception" not in answer.stderr
+
+
 def test_scores_that_were_replaced_after_weighing_do_not_train(
     tmp_path: Path, make_fake_run: MakeRun, fire: Fire
 ) -> None:

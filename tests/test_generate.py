@@ -23,7 +23,8 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 from fire_data import generate
-from fire_data.generate import RoomyLayer, Sample, TransformersGenerator, admit
+from fire_data.generate import Sample, TransformersGenerator, admit
+from fire_data.kvcache import RoomyLayer
 from fire_data.sampling import Sampling
 from fire_data.schemas.errors import DataError, EngineError
 from fire_data.vocabulary import Vocabulary, mask_logits
@@ -316,6 +317,16 @@ def test_logits_that_are_not_finite_name_the_trajectory() -> None:
     with pytest.raises(EngineError, match="not finite") as caught:
         engine(model, 4).samples(names(2), [np.array([5]), np.array([7])], Sampling(1, max_new_tokens=9))
     assert "trajectory-1" in str(caught.value)
+    assert all(word in str(caught.value.fix) for word in ("float32", "sdpa", "equal length", "NaN"))
+
+
+@pytest.mark.parametrize(
+    ("stops", "forbidden", "can"),
+    [({3, 4}, [3], True), ({3, 4}, [3, 4], False), ({VOCAB + 1}, [], False), (set(), [], False)],
+)
+def test_a_generator_knows_whether_it_can_stop(stops: set[int], forbidden: list[int], can: bool) -> None:
+    vocabulary = Vocabulary(VOCAB, ~np.isin(np.arange(VOCAB), forbidden))
+    assert TransformersGenerator(tiny(), vocabulary, frozenset(stops), 4).can_stop is can
 
 
 def test_window_caches_run_in_waves_and_full_caches_are_refilled(monkeypatch: pytest.MonkeyPatch) -> None:

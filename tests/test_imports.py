@@ -25,7 +25,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "storage and engines": (
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
-        "chat", "models", "engines", "generate", "scoring", "optim", "training", "trainstate", "stream", "session",
+        "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "training", "trainstate", "stream",
+        "session",
     ),
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",

@@ -273,12 +273,15 @@ def test_devices_that_are_not_here_are_config_errors() -> None:
         assert caught.value.exit_code == 2
 
 
+def said(text: str, role: str = "user") -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
 def test_messages_go_through_the_template_with_its_arguments(tiny: Path) -> None:
-    tokenizer, messages = load_tokenizer(config(), tiny.parent), [{"role": "user", "content": "hi"}]
+    tokenizer, messages = load_tokenizer(config(), tiny.parent), said("hi")
     assert chat.render(tokenizer, config(), tiny.parent, messages, raw=False) == [3, 4]
     other = config(chat_template_kwargs={"x": "x"})
     assert chat.render(tokenizer, other, tiny.parent, messages, raw=False) == [3, 4, 5]
-    assert chat.render_prompt(tokenizer, other, tiny.parent, "hi", raw=False) == [3, 4, 5]
     (tiny.parent / "own.jinja").write_text("{{ messages[0].content }}{% if add_generation_prompt %} x{% endif %}")
     own = config(chat_template="own.jinja")
     assert chat.render(tokenizer, own, tiny.parent, messages, raw=False) == [4, 5]
@@ -288,28 +291,93 @@ def test_messages_go_through_the_template_with_its_arguments(tiny: Path) -> None
 
 def test_raw_prompts_are_the_text_alone(tiny: Path) -> None:
     tokenizer = load_tokenizer(config(), tiny.parent)
-    assert chat.render_prompt(tokenizer, config(), tiny.parent, "hi x", raw=True) == [4, 5]
+    assert chat.render(tokenizer, config(), tiny.parent, said("hi x"), raw=True) == [4, 5]
     assert chat.template_fingerprint(tokenizer, config(), tiny.parent, raw=True) == "raw"
     with pytest.raises(DataError, match="no tokens"):
-        chat.render_prompt(tokenizer, config(), tiny.parent, "", raw=True)
+        chat.render(tokenizer, config(), tiny.parent, said(""), raw=True)
 
 
 def test_a_tokenizer_without_template_needs_an_explicit_raw(tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "base")
     tokenizer = load_tokenizer(config("base"), tmp_path)
     with pytest.raises(ConfigError, match=r"rollout\.raw: true") as caught:
-        chat.render_prompt(tokenizer, config("base"), tmp_path, "hi", raw=False)
+        chat.render(tokenizer, config("base"), tmp_path, said("hi"), raw=False)
     assert caught.value.exit_code == 2
-    assert chat.render_prompt(tokenizer, config("base"), tmp_path, "hi", raw=True) == [4]
+    assert chat.render(tokenizer, config("base"), tmp_path, said("hi"), raw=True) == [4]
 
 
 def test_messages_that_the_template_refuses_are_data_errors(tiny: Path) -> None:
     tokenizer = load_tokenizer(config(), tiny.parent)
     tokenizer.chat_template = "{{ raise_exception('no system role here') }}"
     with pytest.raises(DataError, match=r"roles: system.*no system role here"):
-        chat.render(tokenizer, config(), tiny.parent, [{"role": "system", "content": "hi"}], raw=False)
+        chat.render(tokenizer, config(), tiny.parent, said("hi", "system"), raw=False)
     with pytest.raises(ConfigError, match="cannot be read"):
-        chat.render_prompt(tokenizer, config(chat_template="gone.jinja"), tiny.parent, "hi", raw=False)
+        chat.render(tokenizer, config(chat_template="gone.jinja"), tiny.parent, said("hi"), raw=False)
     tokenizer.chat_template = "{% if %}"
     with pytest.raises(ConfigError, match="not valid Jinja"):
-        chat.render_prompt(tokenizer, config(), tiny.parent, "hi", raw=False)
+        chat.render(tokenizer, config(), tiny.parent, said("hi"), raw=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "[Rr]ange"),
+        ("{{ 'x' * 10 ** 18 }}", "MemoryError"),
+        ("{{ messages[0].content.encode('ascii') }}", "ascii"),
+    ],
+)
+def test_whatever_a_template_ends_in_is_a_data_error(tiny: Path, template: str, message: str) -> None:
+    tokenizer = load_tokenizer(config(), tiny.parent)
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"refuses the messages .*{message}"):
+        chat.render(tokenizer, config(), tiny.parent, said("hé"), raw=False)
+
+
+LLAMA_DATE = """{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "unknown" %}
+    {%- endif %}
+{%- endif %}
+  {{ date_string }}
+"""
+
+
+@pytest.mark.parametrize(
+    ("template", "fixed", "own"),
+    [
+        (LLAMA_DATE, "  26 Jul 2024", "  1 May '26"),
+        ("\n  {% if x %}{% endif %}a {{ strftime_now('%A, %-d %B %Y, %H:%M %p %%') }}", None, "\na 1 May '26"),
+        ("{% macro m() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{% for _ in messages %}{{ m() }}{% endfor %}",
+         "2024-07-26", "1 May '26"),
+    ],
+)  # fmt: skip
+def test_a_template_that_asks_for_the_date_gets_the_same_every_day(
+    tiny: Path, template: str, fixed: str | None, own: str
+) -> None:
+    tokenizer = load_tokenizer(config(), tiny.parent)
+    tokenizer.chat_template = template
+
+    def text(cfg: ModelConfig) -> str:
+        source = chat.chat_template(tokenizer, cfg, tiny.parent)
+        made = tokenizer.apply_chat_template(
+            said("hi"), chat_template=source, tokenize=False, **cfg.chat_template_kwargs
+        )
+        assert tokenizer(made, add_special_tokens=False)["input_ids"] == chat.render(
+            tokenizer, cfg, tiny.parent, said("hi"), raw=False
+        )
+        return str(made)
+
+    dated = config(chat_template_kwargs={"date_string": "1 May '26"})
+    assert text(config()) == (fixed or "\na Friday, 26 July 2024, 00:00 AM %")
+    assert text(dated) == own
+    prints = {chat.template_fingerprint(tokenizer, c, tiny.parent, raw=False) for c in (config(), dated)}
+    assert len(prints) == 2
+
+
+def test_a_template_without_a_date_is_used_as_it_is(tiny: Path) -> None:
+    tokenizer = load_tokenizer(config(), tiny.parent)
+    assert chat.chat_template(tokenizer, config(), tiny.parent) == TEMPLATE

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from fire_data import scoring
 from fire_data.models import head_of
 from fire_data.schemas.errors import DataError, TokenizerError
 from fire_data.schemas.tables import FLOAT_SIGNALS, FLOATS, IDS, SIGNALS, SUMMARIES
-from fire_data.scoring import TransformersScorer, batches, summarise
+from fire_data.scoring import TransformersScorer, summarise
 from fire_data.signals import chunk_signals, token_logprobs, token_signals
 from fire_data.vocabulary import Vocabulary
 
@@ -204,16 +205,24 @@ def test_padded_and_forbidden_rows_have_no_influence() -> None:
     assert scored(student, teacher, table) == before
 
 
-def test_batches_hold_the_token_budget_and_ignore_the_order_of_rows() -> None:
-    lengths, budget = [5, 9, 5, 40, 1, 7, 9, 3], 20
-    contents = [(n, i) for i, n in enumerate(lengths)]
-    made = batches(lengths, contents, budget)
-    assert sorted(i for batch in made for i in batch) == list(range(8))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= budget for b in made)
-    assert made[0] == [3]
-    order = [3, 6, 4, 2, 7, 0, 1, 5]
-    shuffled = batches([lengths[i] for i in order], [contents[i] for i in order], budget)
-    assert [[order[i] for i in batch] for batch in shuffled] == made
+def test_batches_hold_the_token_budget_and_ignore_the_order_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    table, seen = rollouts(12), []
+    plain = scoring.hidden_states
+
+    def spy(model: Any, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
+        seen.append(ids_BL.tolist())
+        return plain(model, ids_BL, mask_BL)
+
+    monkeypatch.setattr(scoring, "hidden_states", spy)
+    model = qwen(64, 1)
+    before = scored(model, model, table, tokens_per_batch=40)
+    batches, seen[:] = seen[:], []
+    assert len(batches) > 4
+    assert all(len(ids) == 1 or len(ids) * len(ids[0]) <= 40 for ids in batches)
+    order = np.random.default_rng(0).permutation(12)
+    after = scored(model, model, table.take(pa.array(order)), tokens_per_batch=40)
+    assert seen == batches
+    assert after == {name: [values[i] for i in order] for name, values in before.items()}
 
 
 @pytest.mark.parametrize(("size", "scale"), [(60, 1.0), (60, 80.0), (5000, 3.0), (5000, 20.0)])

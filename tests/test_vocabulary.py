@@ -118,6 +118,8 @@ def test_extra_specials_and_other_roles_are_warnings() -> None:
     assert comparison.only_student == ()
     text = "\n".join(comparison.warnings)
     assert "eos is id 2 for the student and id 3 for the teacher" in text
+    assert len(comparison.warnings) == 2
+    assert "last_token_advantage" in next(line for line in comparison.warnings if "eos" in line)
     assert "1 id only the teacher has (3)" in text
 
 

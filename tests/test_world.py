@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 # After the skips, because the module needs both libraries.
+from fire_data import verify  # noqa: E402
 from fire_data.demo import tasks, world  # noqa: E402
 from fire_data.schemas.errors import ConfigError  # noqa: E402
 
@@ -34,6 +35,10 @@ def rows(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def answer_of(response: str) -> str | None:
+    return verify.extract(response, verify.compile_pattern(tasks.ANSWER_PATTERN))
+
+
 def left_to_right(problem: str) -> str:
     """An evaluation that shares nothing with the module: Python's, with brackets for the order."""
     first, *rest = re.findall(r"[+*-] \d|\d", problem)
@@ -49,15 +54,15 @@ def test_truth_and_clean_solutions_agree_with_an_independent_evaluation() -> Non
         problem = tasks.make_problem(rng)
         assert tasks.truth(problem) == left_to_right(problem)
         solution = tasks.solution(problem, rng)
-        assert tasks.extract_answer(solution) == left_to_right(problem)
+        assert answer_of(solution) == left_to_right(problem)
         for left, step, result in re.findall(r"(\d) ([+*-] \d) = (\d) ;", solution):
             assert left_to_right(f"{left} {step}") == result
 
 
 def test_the_answer_regex_takes_only_an_answer_that_ends_the_response() -> None:
-    assert tasks.extract_answer("| so 1 + 1 = 2 ; # 2") == "2"
-    assert tasks.extract_answer("| so 1 + 1 = 2 ; # 2 so") is None
-    assert tasks.extract_answer("| so 1 + 1 = 2 ;") is None
+    assert answer_of("| so 1 + 1 = 2 ; # 2") == "2"
+    assert answer_of("| so 1 + 1 = 2 ; # 2 so") is None
+    assert answer_of("| so 1 + 1 = 2 ;") is None
 
 
 def test_corruption_changes_a_large_share_of_answers_and_derails_some() -> None:
@@ -65,7 +70,7 @@ def test_corruption_changes_a_large_share_of_answers_and_derails_some() -> None:
     problems = [tasks.make_problem(rng) for _ in range(1000)]
     texts = [tasks.corrupted_solution(problem, rng) for problem in problems]
     pairs = list(zip(problems, texts, strict=True))
-    wrong = sum(tasks.extract_answer(text) != tasks.truth(problem) for problem, text in pairs)
+    wrong = sum(answer_of(text) != tasks.truth(problem) for problem, text in pairs)
     clean_length = len(tasks.solution(problems[0], rng).split())
     assert 0.5 < wrong / 1000 < 0.9
     assert 0.05 < sum(len(text.split()) != clean_length for text in texts) / 1000 < 0.3
@@ -77,7 +82,7 @@ def test_without_corruption_a_corrupted_solution_is_the_clean_one() -> None:
         problem = tasks.make_problem(random.Random(seed))
         none = tasks.Corruption(misread=0.0, derail=0.0)
         text = tasks.corrupted_solution(problem, random.Random(seed), none)
-        assert tasks.extract_answer(text) == tasks.truth(problem)
+        assert answer_of(text) == tasks.truth(problem)
 
 
 def test_prompts_and_held_out_are_disjoint_and_carry_true_answers(built: world.World) -> None:

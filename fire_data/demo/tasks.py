@@ -16,7 +16,6 @@ separated by single blanks; one word is one token.
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import dataclass
 
 MODULUS = 7
@@ -110,9 +109,3 @@ def corrupted_solution(problem: str, rng: random.Random, corruption: Corruption 
     candidates = [word for word in WORDS if word != ANSWER_MARK]
     noise = rng.choices(candidates, k=rng.randint(*corruption.derail_words))
     return " ".join([*kept, *noise, ANSWER_MARK, rng.choice(DIGITS)])
-
-
-def extract_answer(response: str) -> str | None:
-    """The word after the last ``#`` if it ends the response, else ``None``."""
-    found = re.search(ANSWER_PATTERN, response)
-    return found.group(1) if found else None

@@ -15,7 +15,7 @@ from fire_data.rules.expression import PARTS, Expression
 from fire_data.rules.fire import Fire
 from fire_data.schemas.errors import ConfigError
 
-__all__ = ["RULES", "Expression", "Rule", "RuleEntry", "Stats", "describe_rule", "make_rule"]
+__all__ = ["RULES", "Expression", "Rule", "RuleEntry", "Stats", "Uniform", "describe_rule", "make_rule"]
 
 
 class RuleEntry(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pyarrow as pa
@@ -45,6 +46,10 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
     if redo:
         start_over(run, "rollouts", round, session.report)
 
+    @functools.cache
+    def generator() -> Generator:
+        return make_generator(session, round)
+
     def make(shard: Shard) -> pa.Table:
         samples = [
             (i, slots[i].repeat * cfg.rollout.n + j)
@@ -53,7 +58,7 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
         ]
         names = [trajectory_id(cfg.seed, round, rows[i]["prompt_id"], sample) for i, sample in samples]
         requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
-        answers = make_generator(session, round).generate(requests, _sampling(session))
+        answers = generator().generate(requests, _sampling(session))
         texts = session.tokenizer.batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
         columns: dict[str, Any] = {
             "round": [round] * len(samples),
@@ -81,7 +86,10 @@ def make_generator(session: Session, round: int) -> Generator:
         return FakeGenerator(session.vocabulary, session.stop_ids)
     from fire_data.generate import TransformersGenerator
 
-    return TransformersGenerator(session.student(round), session.vocabulary, session.stop_ids, cfg.rows_in_flight)
+    generator = TransformersGenerator(session.student(round), session.vocabulary, session.stop_ids, cfg.rows_in_flight)
+    if not generator.can_stop:
+        session.report.warn("the student has no end token it may sample: every response runs to max_new_tokens")
+    return generator
 
 
 def _sampling(session: Session) -> Sampling:

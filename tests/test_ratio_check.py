@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,15 +13,6 @@ from fire_data.models import head_of
 from fire_data.schemas.errors import TrainingError
 from fire_data.training import StepBatch, ratio_check, ratio_tolerance
 from tests.tinymodels import VOCABULARY, same_tensors, step_batch, tiny_model, train_config, weights_of
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # The ratio check
 

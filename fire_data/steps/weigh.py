@@ -48,8 +48,9 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
     stage = Stage(run.part("weights", round, run.config.weights_name), weights_fields(rule, source), source.plan)
     work = _Work(rule, source_part, source.shards)
 
+    if redo or not stage.part.manifest_path.exists():
+        assert work.fitted  # whatever is wrong with the rule is found before a stage is opened or set aside
     if redo:
-        assert work.fitted  # whatever is wrong with the rule is found before anything is set aside
         start_over(run, "weights", round, report, stage.part.name)
 
     def make(shard: Shard) -> pa.Table:

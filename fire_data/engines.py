@@ -34,18 +34,20 @@ class Scorer(Protocol):
 
 
 class FakeGenerator:
-    """Responses drawn from a hash of the trajectory. `fail_after` rows it raises EngineError."""
+    """Responses drawn from a hash of the trajectory. After `fail_after` rows in all it raises EngineError."""
 
     def __init__(self, vocabulary: Vocabulary, stop_ids: frozenset[int], fail_after: int | None = None) -> None:
         self.ids = np.flatnonzero(vocabulary.allowed)
         self.stops = [i for i in sorted(stop_ids) if i in set(self.ids.tolist())]
         self.fail_after = fail_after
+        self.written = 0
 
     def generate(self, requests: pa.Table, sampling: Sampling, progress: Progress | None = None) -> pa.Table:
         responses, logprobs, reasons = [], [], []
         for row, name in enumerate(requests["trajectory_id"].to_pylist()):
-            if self.fail_after is not None and row >= self.fail_after:
+            if self.fail_after is not None and self.written >= self.fail_after:
                 raise EngineError("the fake engine failed as told", where=f"row {row}")
+            self.written += 1
             noise = uniforms(sampling.seed, name, sampling.max_new_tokens + 1)
             length = 1 + int(noise[0] * sampling.max_new_tokens)
             ids = self.ids[(noise[1 : 1 + length] * len(self.ids)).astype(int)].tolist()

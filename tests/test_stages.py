@@ -553,13 +553,13 @@ def test_an_engine_that_fails_keeps_finished_shards_and_the_same_command_continu
     alone, run = make_fake_run(tmp_path / "alone"), make_fake_run(tmp_path / "run")
     fire("rollout", alone.root)
     real = step.make_generator
-    made: list[int] = []
+    made: list[FakeGenerator] = []
 
     def failing(session: Session, round: int) -> Any:
-        made.append(1)
         engine = real(session, round)
         assert isinstance(engine, FakeGenerator)
-        engine.fail_after = 1 if len(made) == 3 else None
+        engine.fail_after = None if made else 9
+        made.append(engine)
         return engine
 
     monkeypatch.setattr(step, "make_generator", failing)
@@ -570,7 +570,7 @@ def test_an_engine_that_fails_keeps_finished_shards_and_the_same_command_continu
     assert fire("status", run.root, "--json").json[0]["state"] == "open"
     assert fire("score", run.root).code == 4
     assert fire("rollout", run.root).code == 0
-    assert len(made) == 4, "only the missing shard was made"
+    assert [engine.written for engine in made] == [9, 4], "only the missing shard was made"
     assert contents(run.root) == contents(alone.root)
     with pytest.raises(EngineError):
         FakeGenerator.generate(failing_now(run), requests(), sampling())

@@ -8,6 +8,7 @@ round and returns plain numbers; `apply` sees one shard, or more if `reads` says
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ _KEYS: dict[Scope, list[str]] = {"trajectory": [ROW], "group": [GROUP], "step": 
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """A filter and a weighting. Fields of a subclass are its parameters, validated before any model is loaded."""
 
     name: ClassVar[str]
@@ -61,9 +62,9 @@ class Rule:
         """
         return {}
 
+    @abstractmethod
     def apply(self, lf: pl.LazyFrame, stats: Stats) -> pl.LazyFrame:
         """Add `keep`, `drop_reason`, `weight`, `advantage` and, where the rule masks tokens, `token_keep`."""
-        raise NotImplementedError
 
 
 def scope_keys(scope: Scope, by: str | None = None) -> list[str]:

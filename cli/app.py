@@ -153,7 +153,10 @@ def weigh(
     stats = {k: v for k, v in manifest.stats.items() if k not in ("rule", "steps", "weight_sum", "weight_squares")}
     show_one({"rule": weights, "round": number, **stats}, as_json)
     chosen = [] if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
-    hint("fire", "train", run, *chosen)
+    if opened.current_round() > number:
+        hint("fire", "inspect", run, "--round", number, "--name", weights)
+    else:
+        hint("fire", "train", run, *chosen)
 
 
 @app.command()
@@ -239,7 +242,7 @@ def check(run: RunArg, as_json: Json = False) -> None:
     if damage or as_json:
         show(damage, as_json)
     if damage:
-        say(f"{len(damage)} files are damaged")
+        say(f"damaged files: {len(damage)}")
         hint(damage[0]["fix"])
         raise typer.Exit(3)
     say("every file is as its receipt says")

@@ -21,7 +21,7 @@ _NUMBERS = {
     "logp T": ("teacher_logprob", "{:.3f}"),
     "H S": ("student_entropy", "{:.3f}"),
     "H T": ("teacher_entropy", "{:.3f}"),
-    "rank T": ("teacher_rank", "{:d}"),
+    "rank": ("teacher_rank", "{:d}"),
 }
 _FACTS: tuple[str, ...] = ("trajectory_id", "prompt_id", "round", "sample", "step", "finish_reason")
 _FACTS += ("answer", "reward", "keep", "drop_reason", "length")

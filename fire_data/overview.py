@@ -37,16 +37,20 @@ def weight_names(run: Run) -> list[str]:
 
 
 def status(run: Run) -> list[dict[str, Any]]:
-    """One row per started stage: state, shards done and planned, rows, tokens, bytes, seconds."""
+    """One row per started stage: state, shards done and planned, rows, tokens, bytes, seconds.
+
+    The state is `damaged` if a file is gone or has another size; `check` reads every byte.
+    """
     rows = []
     for part in parts(run):
         manifest = read_manifest(part)
         assert manifest is not None
         done = list(manifest.shards) or [r for s in manifest.plan if (r := read_receipt(part, s.name)) is not None]
+        gone = any(not _file(part, r).is_file() or _file(part, r).stat().st_size != r.bytes for r in done)
         rows.append({
             "stage": part.stage if part.name is None else f"{part.stage}/{part.name}",
             "round": part.round,
-            "state": manifest.state,
+            "state": "damaged" if gone else manifest.state,
             "shards": len(done),
             "planned": len(manifest.plan) or len(done),
             "rows": sum(r.rows for r in done),
@@ -89,15 +93,28 @@ def check(run: Run) -> list[dict[str, Any]]:
                 continue
             receipts += [receipt] if receipt is not None else []
         for receipt in receipts:
-            path = part.folder / receipt.shard if part.stage == "checkpoints" else part.file(receipt.shard)
+            path = _file(part, receipt)
             if not intact(path, receipt):
                 what = "differs from its receipt" if path.exists() else "is missing"
                 damage.append(_damage(part, receipt.shard, what, path))
     return damage
 
 
+def _file(part: Part, receipt: Receipt) -> Path:
+    """The file a receipt is about: a checkpoint has one for each of its files."""
+    return part.folder / receipt.shard if part.stage == "checkpoints" else part.file(receipt.shard)
+
+
 def _damage(part: Part, shard: str, what: str, path: Path) -> dict[str, Any]:
-    return {"stage": part.label, "shard": shard, "what": what, "path": str(path), "fix": part.command}
+    return {"stage": part.label, "shard": shard, "what": what, "path": str(path), "fix": _repair(part)}
+
+
+def _repair(part: Part) -> str:
+    """The command that makes a damaged file again; a checkpoint needs the training state it was exported from."""
+    if part.stage != "checkpoints" or part.round in [r for r, _ in _states(part.root)]:
+        return part.command
+    again = shlex.join(["fire", "train", str(part.root), "--round", "0", "--redo"])
+    return f"copy the file back; the state it was exported from is gone, and {again} trains all rounds anew"
 
 
 def start_over(run: Run, stage: str, number: int | str, report: Reporter, name: str | None = None) -> list[str]:
@@ -144,15 +161,15 @@ def _follows(run: Run, part: Part, stage: str, rest: tuple[str, ...], name: str 
     return part.stage in rest
 
 
-def _states(run: Run) -> list[tuple[int, Path]]:
+def _states(root: Path) -> list[tuple[int, Path]]:
     """The round of every training state, and its folder; one that is being replaced has a suffix."""
-    folder: Path = run.root / ".fire" / "train"
+    folder = root / ".fire" / "train"
     found = sorted(folder.glob("step-*-round-*")) if folder.is_dir() else []
     return [(int(p.name.rpartition("-")[2].partition(".")[0]), p) for p in found]
 
 
 def _require_start(run: Run, number: int) -> None:
-    rounds = [r for r, _ in _states(run)]
+    rounds = [r for r, _ in _states(run.root)]
     trained = run.part("checkpoints", number).manifest_path.exists()
     if trained and number > 0 and number - 1 not in rounds:
         text = f"round {number} cannot be trained again: the training state at the end of round {number - 1} is gone"
@@ -164,4 +181,4 @@ def _require_start(run: Run, number: int) -> None:
 
 def _set_states_aside(run: Run, number: int) -> None:
     """Training states of a round that is done again, and of later ones."""
-    files.set_aside([p for r, p in _states(run) if r >= number], run.root / ".fire" / "orphans")
+    files.set_aside([p for r, p in _states(run.root) if r >= number], run.root / ".fire" / "orphans")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import fire_data as fd
 from fire_data import metrics
 from fire_data.create import fork_run
+from fire_data.overview import check, status
 from fire_data.run import Run
 from fire_data.schemas.errors import ConfigError, DataError, FingerprintError, IncompleteError, TrainingError
 from fire_data.schemas.manifest import Manifest, Shard
@@ -274,3 +275,24 @@ def test_redo_without_the_state_before_it_moves_nothing(make_run: MakeRun, tmp_p
     with pytest.raises(ConfigError, match="cannot be trained again"):
         train(Session(run), 1, redo=True)
     assert sealed(run.part("checkpoints", 1)).sealed
+
+
+def test_redo_of_a_rule_without_finite_numbers_moves_nothing(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    refresh(Session(run), 1)
+    broken = fd.open_run(run.root, ("weigh.rule={weight: 1 / (student_entropy * 0)}", "weigh.name=fire"))
+    with pytest.raises(DataError, match=r"holds (inf|nan)"):
+        weigh(broken, 0, redo=True)
+    assert sealed(run.part("checkpoints", 0)).sealed
+    assert run.weights("fire", 0).collect().height
+
+
+def test_status_sees_a_file_that_is_gone_and_check_knows_what_cannot_be_made(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    refresh(Session(run), 2)
+    (run.part("checkpoints", 0).folder / "model.safetensors").unlink()
+    states = {(row["stage"], row["round"]): row["state"] for row in status(run)}
+    assert states[("checkpoints", 0)] == "damaged"
+    assert states[("checkpoints", 1)] == "sealed"
+    (damage,) = check(run)
+    assert damage["fix"].startswith("copy the file back")

@@ -408,7 +408,7 @@ def test_check_lists_unreadable_receipts_and_missing_files(scored: Run, fire: Fi
     ]  # fmt: skip
     assert "not readable" in answer.json[0]["what"]
     assert answer.json[1]["what"] == "is missing"
-    assert "2 files are damaged" in answer.err
+    assert "damaged files: 2" in answer.err
     assert f"next: fire rollout {scored.root} --round 0" in answer.err
 
 

@@ -48,7 +48,7 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
                 verify_checkpoint(part, manifest)
                 return manifest
             except DamagedError as error:
-                session.report.warn(f"{error.what}: the checkpoint is exported again from the training state")
+                session.report.warn(f"{error.what}: trying to export the checkpoint again from its training state")
         stats = _Training(session, round, manifest.fingerprint, scores, weights).finish()
         receipts = _receipts(part, manifest.fingerprint)
         return seal(part, manifest, receipts, stats, stage.recorded)

@@ -14,6 +14,7 @@ from fire_data import weighing
 from fire_data.overview import start_over
 from fire_data.rules import Expression, make_rule
 from fire_data.run import Run
+from fire_data.schemas.errors import DataError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, arrow_schema, conform
 from fire_data.shards import Part, read_shard, sealed, verify_shard
@@ -48,15 +49,23 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
     stage = Stage(run.part("weights", round, run.config.weights_name), weights_fields(rule, source), source.plan)
     work = _Work(rule, source_part, source.shards)
 
-    if redo or not stage.part.manifest_path.exists():
-        assert work.fitted  # whatever is wrong with the rule is found before a stage is opened or set aside
-    if redo:
-        start_over(run, "weights", round, report, stage.part.name)
-
     def make(shard: Shard) -> pa.Table:
         columns = [c for c in arrow_schema("weights").names if c in work.schema_names]
         table = work.weighted(shard.name).select(columns).collect().to_arrow(compat_level=pl.CompatLevel.oldest())
-        return conform(table, "weights", f"{stage.part.label}, shard {shard.name}")
+        try:
+            return conform(table, "weights", f"{stage.part.label}, shard {shard.name}")
+        except DataError as error:
+            raise DataError(
+                error.what, where=error.where, fix="a rule must give finite numbers: fire rules NAME"
+            ) from None
+
+    # Whatever is wrong with the rule is found before a stage is opened or, with all its numbers, set aside.
+    if not stage.part.manifest_path.exists():
+        assert work.fitted
+    elif redo:
+        for shard in stage.plan:
+            make(shard)
+        start_over(run, "weights", round, report, stage.part.name)
 
     def finish(receipts: list[Receipt]) -> dict[str, Any]:
         return _stats(work, stage.part, receipts)

@@ -10,7 +10,7 @@ from fire_data import files
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import Receipt
-from fire_data.shards import Part, intact, read_manifest, read_receipt
+from fire_data.shards import Part, intact, is_sealed, read_manifest, read_receipt
 from fire_data.stages import Reporter, set_stage_aside
 
 _VERBS = {"rollouts": "rollout", "scores": "score", "weights": "weigh", "checkpoints": "train"}
@@ -64,18 +64,13 @@ def status(run: Run) -> list[dict[str, Any]]:
 def next_command(run: Run) -> str:
     """The command that brings the run on: the first stage of the current round that is not sealed."""
     number = run.current_round()
-    waiting = [p for stage in STAGES if not _is_sealed(p := run.part(stage, number))]
+    waiting = [p for stage in STAGES if not is_sealed(p := run.part(stage, number))]
     part = waiting[0]
     if number and part.stage == "rollouts" and not part.manifest_path.exists():
         return shlex.join(["fire", "run", str(run.root), "--rounds", str(number + 1)])
     if part.name not in (None, run.config.weights_name):
         return part.command
     return shlex.join(["fire", _VERBS[part.stage], str(run.root)])
-
-
-def _is_sealed(part: Part) -> bool:
-    manifest = read_manifest(part)
-    return manifest is not None and manifest.sealed
 
 
 def check(run: Run) -> list[dict[str, Any]]:
@@ -113,8 +108,13 @@ def _repair(part: Part) -> str:
     """The command that makes a damaged file again; a checkpoint needs the training state it was exported from."""
     if part.stage != "checkpoints" or part.round in [r for r, _ in _states(part.root)]:
         return part.command
-    again = shlex.join(["fire", "train", str(part.root), "--round", "0", "--redo"])
-    return f"copy the file back; the state it was exported from is gone, and {again} trains all rounds anew"
+    return f"copy the file back; the state it was exported from is gone: {train_anew(part.root)}"
+
+
+def train_anew(root: Path) -> str:
+    """The command that is left when the training state a round starts from is gone."""
+    command = shlex.join(["fire", "train", str(root), "--round", "0", "--redo"])
+    return f"{command} trains all rounds anew (train.keep_states: all keeps every round's end)"
 
 
 def start_over(run: Run, stage: str, number: int | str, report: Reporter, name: str | None = None) -> list[str]:
@@ -173,10 +173,7 @@ def _require_start(run: Run, number: int) -> None:
     trained = run.part("checkpoints", number).manifest_path.exists()
     if trained and number > 0 and number - 1 not in rounds:
         text = f"round {number} cannot be trained again: the training state at the end of round {number - 1} is gone"
-        fix = (
-            f"fire train {shlex.quote(str(run.root))} --round 0 --redo (train.keep_states: all keeps every round's end)"
-        )
-        raise ConfigError(text, where=str(run.root / ".fire" / "train"), fix=fix)
+        raise ConfigError(text, where=str(run.root / ".fire" / "train"), fix=train_anew(run.root))
 
 
 def _set_states_aside(run: Run, number: int) -> None:

@@ -13,8 +13,7 @@ import polars as pl
 
 from fire_data.schemas.config import Config, ModelConfig, load_config
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
-from fire_data.schemas.manifest import Manifest
-from fire_data.shards import Part, read_manifest, sealed, verify_shard
+from fire_data.shards import Part, is_sealed, sealed, verify_shard
 
 STAGES = ("rollouts", "scores", "weights", "checkpoints")
 
@@ -63,9 +62,8 @@ class Run:
         frames = []
         for number in [-1, *self.rounds()]:
             part = self.part("evals", "start" if number < 0 else number)
-            manifest = read_manifest(part)
-            if manifest is not None and manifest.sealed:
-                files = [verify_shard(part, r) for r in manifest.shards]
+            if is_sealed(part):
+                files = [verify_shard(part, r) for r in sealed(part).shards]
                 frames.append(pl.scan_parquet(files, glob=False).with_columns(round=pl.lit(number, dtype=pl.Int32)))
         if not frames:
             raise IncompleteError("there is no evaluation yet", where=str(self.root), fix=f"fire eval {self.root}")
@@ -80,13 +78,13 @@ class Run:
     def current_round(self) -> int:
         """The first round whose checkpoint is not sealed: what a stage command works on."""
         number = 0
-        while (m := read_manifest(self.part("checkpoints", number))) is not None and m.sealed:
+        while is_sealed(self.part("checkpoints", number)):
             number += 1
         return number
 
     def last_round(self) -> int:
         """The newest round with sealed rollouts; 0 if there is none."""
-        found = [n for n in self.rounds() if (m := read_manifest(self.part("rollouts", n))) is not None and m.sealed]
+        found = [n for n in self.rounds() if is_sealed(self.part("rollouts", n))]
         return found[-1] if found else 0
 
     def student(self, round: int) -> ModelConfig:
@@ -106,11 +104,7 @@ class Run:
         return self.config.teacher
 
     def _sealed_rounds(self, stage: str, name: str | None) -> list[int]:
-        def is_sealed(number: int) -> bool:
-            manifest: Manifest | None = read_manifest(self.part(stage, number, name))
-            return manifest is not None and manifest.sealed
-
-        found = [n for n in self.rounds() if is_sealed(n)]
+        found = [n for n in self.rounds() if is_sealed(self.part(stage, n, name))]
         if not found:
             part = self.part(stage, 0, name)
             raise IncompleteError(f"there are no sealed {stage} yet", where=str(part.folder.parent), fix=part.command)

@@ -1,6 +1,6 @@
 """Models and tokenizers of one process, loaded when first needed and shared by the stages that run in it.
 
-Loading is the expensive part of a stage that finds its work done, so nothing here happens before a shard is missing.
+Tokenizers are loaded for the fingerprints of a stage; weights not before a shard is missing.
 """
 
 from __future__ import annotations
@@ -67,12 +67,11 @@ class Session:
         models.check_model_files(cfg.student, self.run.root, weights=cfg.rollout.engine != "fake")
         if cfg.teacher is not None:
             models.check_model_files(cfg.teacher, self.run.root, weights=cfg.score.engine != "fake")
-        given = [(self.run.config.student, self.tokenizer)]
-        if self.run.config.teacher is not None:
-            assert self.comparison is not None
-            given.append((self.run.config.teacher, self.teacher_tokenizer))
-        rows = [models.output_rows(cfg, self.run.root) for cfg, _ in given]
-        return vocabulary.shared_vocabulary(*(t for _, t in given), rows=rows)
+            assert self.comparison  # raises if the tokenizers do not fit together
+        used = [cfg.student] + ([cfg.teacher] if cfg.teacher else [])
+        tokenizers = [self.tokenizer] + ([self.teacher_tokenizer] if cfg.teacher else [])
+        rows = [models.output_rows(model, self.run.root) for model in used]
+        return vocabulary.shared_vocabulary(*tokenizers, rows=rows)
 
     @cached_property
     def vocabulary_fields(self) -> dict[str, Any]:

@@ -120,6 +120,12 @@ def _record(kind: type[_T], value: object, path: Path, fix: str) -> _T:
         raise DataError(text, where=str(path), fix=fix) from None
 
 
+def is_sealed(part: Part) -> bool:
+    """True if the stage is finished, so that later stages accept it."""
+    manifest = read_manifest(part)
+    return manifest is not None and manifest.sealed
+
+
 def sealed(part: Part) -> Manifest:
     """The sealed manifest of a stage, or IncompleteError with the command that finishes it."""
     manifest = read_manifest(part)

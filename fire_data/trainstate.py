@@ -84,17 +84,12 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     return meta
 
 
-def latest_state(root: Path) -> Path | None:
-    """The whole state under `root` with the largest global step, or None. Whole: `meta.json` verifies, sizes agree.
-
-    Unfinished folders, and folders that hold something else, do not exist for this function.
-    """
-    states = sorted(_states(root))
-    return states[-1][2] if states else None
-
-
 def whole_states(root: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every whole state under `root` with the `meta` it was saved with, the largest global step first."""
+    """Every whole state under `root` with the `meta` it was saved with, the largest global step first.
+
+    Whole: `meta.json` verifies and sizes agree. Unfinished folders, and folders that hold something else, do not exist
+    for this function.
+    """
     return [(path, _read_record(path)["meta"]) for _, _, path in sorted(_states(root), reverse=True)]
 
 

@@ -33,7 +33,12 @@ def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
 
 def exact(text: str, answer: str, pattern: re.Pattern[str] | None) -> float:
     """1.0 if the extracted answer equals `answer` up to blanks at its ends, else 0.0."""
-    return float(extract(text, pattern) == answer.strip())
+    return grade(extract(text, pattern), answer)
+
+
+def grade(found: str | None, answer: str) -> float:
+    """1.0 if what was found is the answer up to blanks at its ends, else 0.0."""
+    return float(found == answer.strip())
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

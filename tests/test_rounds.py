@@ -29,7 +29,7 @@ from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
-from fire_data.trainstate import latest_state
+from tests.tinymodels import latest_state
 
 MakeRun = Callable[..., Run]
 

@@ -25,10 +25,11 @@ from fire_data.models import head_of
 from fire_data.optim import make_optimizer
 from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import DamagedError, DataError, StorageError, TrainingError
-from fire_data.trainstate import export_checkpoint, latest_state, load_state, prune_states, save_state
+from fire_data.trainstate import export_checkpoint, load_state, prune_states, save_state
 from tests.tinymodels import (
     SIZE,
     VOCABULARY,
+    latest_state,
     moments_of,
     one_step,
     same_tensors,

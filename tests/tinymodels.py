@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fire_data.models import head_of
 from fire_data.optim import make_optimizer
 from fire_data.schemas.config import TrainConfig
 from fire_data.training import StepBatch, train_step
+from fire_data.trainstate import whole_states
 from fire_data.vocabulary import Vocabulary
 
 SIZE = 40
@@ -81,3 +83,9 @@ def moments_of(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
 
 def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def latest_state(root: Path) -> Path | None:
+    """The state that training continues from."""
+    states = whole_states(root)
+    return states[0][0] if states else None

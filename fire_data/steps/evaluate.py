@@ -82,7 +82,7 @@ def _graded(
         "response": texts,
         "extracted": pa.array(found, pa.string()),
         "answer": right,
-        "reward": pa.array([float(f == a.strip()) for f, a in zip(found, right, strict=True)], pa.float32()),
+        "reward": pa.array([verify.grade(f, a) for f, a in zip(found, right, strict=True)], pa.float32()),
         "length": pa.array([len(x) for x in answers["response_ids"].to_pylist()], pa.int32()),
         "finish_reason": answers["finish_reason"],
     })  # fmt: skip

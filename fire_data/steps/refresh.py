@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from fire_data.run import Run
 from fire_data.schemas.manifest import Manifest
 from fire_data.session import Session
-from fire_data.shards import read_manifest
+from fire_data.shards import is_sealed, read_manifest
 from fire_data.steps.evaluate import evaluate
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
@@ -16,37 +15,38 @@ from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
 
 
-def refresh(
-    session: Session, rounds: int, after_round: Callable[[dict[str, Any]], None] | None = None
-) -> list[dict[str, Any]]:
-    """Bring a run to `rounds` rounds in all. Rounds whose checkpoint is sealed are left alone.
-
-    `after_round` is told each finished round's row of `round_table`, the start included.
-    """
+def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
+    """Bring a run to `rounds` rounds in all and return `round_table`. Finished rounds are left alone."""
     run = session.run
     held_out = run.config.eval.prompts is not None
-    tell = after_round or (lambda row: None)
-    if held_out and not _sealed(read_manifest(run.part("evals", "start"))):
+    if held_out and not is_sealed(run.part("evals", "start")):
         evaluate(session, None)
-    tell(round_row(run, None))
     for number in range(rounds):
-        if not _sealed(read_manifest(run.part("checkpoints", number))):
+        finished = is_sealed(run.part("checkpoints", number))
+        if not finished:
             rollout(session, number)
             score(session, number)
             weigh(run, number, session.report)
             _make_room(session)
             train(session, number)
-        if held_out and not _sealed(read_manifest(run.part("evals", number))):
+        if held_out and not is_sealed(run.part("evals", number)):
             evaluate(session, number)
-        tell(round_row(run, number))
+        if not finished:
+            session.report.note(_line(round_row(run, number)))
     return round_table(run)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A round in one line, for those who watch."""
+    wanted = {k: v for k, v in row.items() if v is not None and (k in ("greedy", "kept", "reverse_kl") or "@" in k)}
+    return f"round {row['round']}: " + ", ".join(f"{k} {v:.3f}" for k, v in wanted.items())
 
 
 def round_table(run: Run) -> list[dict[str, Any]]:
     """One row per finished round, the start first: accuracy, kept fraction, KL to the teacher, length, loss."""
     return [
         round_row(run, None),
-        *(round_row(run, n) for n in run.rounds() if _sealed(read_manifest(run.part("checkpoints", n)))),
+        *(round_row(run, n) for n in run.rounds() if is_sealed(run.part("checkpoints", n))),
     ]
 
 
@@ -78,10 +78,6 @@ def _eval_numbers(manifest: Manifest | None) -> dict[str, Any]:
 
 def _stat(manifest: Manifest | None, name: str) -> Any:
     return manifest.stats.get(name) if manifest else None
-
-
-def _sealed(manifest: Manifest | None) -> bool:
-    return manifest is not None and manifest.sealed
 
 
 def _make_room(session: Session) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fire_data import files, metrics
-from fire_data.overview import start_over
+from fire_data.overview import start_over, train_anew
 from fire_data.run import Run
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
 from fire_data.schemas.manifest import Manifest, Receipt, differences
@@ -209,10 +209,8 @@ class _Training:
         return 0, 0
 
     def _no_start(self, what: str) -> IncompleteError:
-        fix = (
-            f"start over: fire train {self.run.root} --round 0 --redo (train.keep_states: all keeps every round's end)"
-        )
-        return IncompleteError(f"round {self.round} cannot start: {what}", where=str(self.states), fix=fix)
+        text = f"round {self.round} cannot start: {what}"
+        return IncompleteError(text, where=str(self.states), fix=train_anew(self.run.root))
 
     def _export(self) -> None:
         from fire_data import trainstate
@@ -237,7 +235,8 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     done = [r for r in records if not r["skipped"]]
     if not done:
         return {"skipped_steps": len(records)}
-    seconds = sum(r["seconds"] for r in records)
+    seconds = [r["seconds"] for r in done]
+    executed = sum(r["tokens_per_second"] * s for r, s in zip(done, seconds, strict=True))
     return {
         "skipped_steps": len(records) - len(done),
         "ratio_check": records[0].get("ratio_check"),
@@ -245,7 +244,7 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         "loss_last": done[-1]["loss"],
         "grad_norm_last": done[-1]["grad_norm"],
         "drift_kl_last": done[-1]["drift_kl"],
-        "tokens_per_second": sum(r["tokens"] for r in records) / seconds if seconds else None,
+        "tokens_per_second": executed / sum(seconds),
     }
 
 

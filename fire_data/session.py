@@ -67,7 +67,7 @@ class Session:
         models.check_model_files(cfg.student, self.run.root, weights=cfg.rollout.engine != "fake")
         if cfg.teacher is not None:
             models.check_model_files(cfg.teacher, self.run.root, weights=cfg.score.engine != "fake")
-            assert self.comparison  # raises if the tokenizers do not fit together
+            _ = self.comparison  # raises if the tokenizers do not fit together
         used = [cfg.student] + ([cfg.teacher] if cfg.teacher else [])
         tokenizers = [self.tokenizer] + ([self.teacher_tokenizer] if cfg.teacher else [])
         rows = [models.output_rows(model, self.run.root) for model in used]

@@ -112,16 +112,30 @@ def rollout(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set
 
 @app.command()
 @guarded
-def score(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set = None, as_json: Json = False) -> None:
-    """Evaluate student and teacher on every token the student wrote."""
+def score(
+    run: RunArg,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMNS", help="further columns beside those of score.add: topk, base or pass-rate"),
+    ] = None,
+    round: Round = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="set the scores, or the columns of --add, and all made from them aside first")
+    ] = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Evaluate student and teacher on every token the student wrote; further columns are made where they lack."""
     opened = _open(run, overrides)
     number = _number(opened, round)
     from fire_data.session import Session
+    from fire_data.shards import sealed
     from fire_data.steps.score import score as step
 
     with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number, redo=redo)
-    show_one({"round": number, **manifest.stats}, as_json)
+        manifest = step(Session(opened, terminal), number, add=add or (), redo=redo)
+    added = {name: sealed(opened.part("addons", number, name)).stats for name in opened.addons(number)}
+    show_one({"round": number, **manifest.stats, **added}, as_json)
     hint("fire", "weigh", run)
 
 
@@ -272,16 +286,56 @@ def inspect(
 
 @app.command()
 @guarded
-def rules(name: Annotated[str | None, typer.Argument(help="one rule in full")] = None, as_json: Json = False) -> None:
+def diagnose(
+    run: RunArg,
+    round: Annotated[int | None, typer.Option("--round", min=0, help="default: the last with scores")] = None,
+    name: Annotated[str | None, typer.Option(metavar="WEIGHTS", help="folder under weights/")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check FiRe's premise and known pathologies on the scores; no model is loaded."""
+    from .diagnose import show_diagnosis
+
+    show_diagnosis(_open(run), round, name, as_json)
+
+
+@app.command()
+@guarded
+def compare(
+    run: RunArg,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="names, a+b or file.py:Class, each with parameters in square brackets; default: fire and controls",
+        ),
+    ] = None,
+    round: Annotated[int | None, typer.Option("--round", min=0, help="default: the last with scores")] = None,
+    late: Annotated[
+        int | None, typer.Option(min=0, help="the first position that counts as late; default: by the 75 % quantile")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it as .svg or .png")] = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Compare rules on one scored table: what each keeps, where its signal is, how far they agree."""
+    from .compare import show_comparison
+
+    show_comparison(_open(run, overrides), round, rules, late, plot, as_json)
+
+
+@app.command()
+@guarded
+def rules(
+    name: Annotated[str | None, typer.Argument(help="one rule in full: a name, a+b, or file.py:Class")] = None,
+    as_json: Json = False,
+) -> None:
     """List the rules, or show one with formula, parameters and source."""
-    from fire_data.rules import RULES, describe_rule
+    from .rules import show_rule, show_rules
 
     if name is not None:
-        show_one(describe_rule(name), as_json)
+        show_rule(name, as_json)
         return
-    described = [describe_rule(n) for n in RULES]
-    columns = ("name", "what", "paper", "needs", "goes_stale")
-    show(described if as_json else [{k: d[k] for k in columns} for d in described], as_json)
+    show_rules(as_json)
     hint("fire rules NAME")
 
 

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from fire_data import files
+from fire_data.rules import own
 from fire_data.run import Run, open_run
 from fire_data.schemas.config import parse_config, parse_yaml, render_config
 from fire_data.schemas.errors import ConfigError
+from fire_data.schemas.tables import ADDONS
 from fire_data.shards import Part, read_manifest, verify_shard
 
-_SHARED = (("rollouts", 0), ("scores", 0), ("evals", "start"))
+_SHARED: tuple[tuple[str, int | str, str | None], ...] = (
+    ("rollouts", 0, None),
+    ("scores", 0, None),
+    ("evals", "start", None),
+)
 _OWN = {"weigh", "train"}  # sections that may differ between arms that share rollouts and scores
 
 
@@ -36,8 +42,8 @@ def init_run(root: Path, values: dict[str, Any]) -> Run:
 
 
 def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
-    """A second arm: the source's configuration with `changes` to sections, and its round-0 rollouts, scores and
-    start evaluation by hard link, so that both arms begin with the same trajectories.
+    """A second arm: the source's configuration with `changes` to sections, and its round-0 rollouts, scores, addons
+    and start evaluation by hard link, so that both arms begin with the same trajectories.
 
     Changes beyond weighing and training change the trajectories: then nothing is shared but the settings.
     """
@@ -45,8 +51,9 @@ def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
     for section, fields in changes.items():
         values[section] = {**(values[section] or {}), **fields} if isinstance(fields, dict) else fields
     run = init_run(root, _anchored(values, source.root, Path.cwd()))
-    for stage, number in _SHARED if changes.keys() <= _OWN else ():
-        _link(source.part(stage, number), run.part(stage, number))
+    shared = [*_SHARED, *(("addons", 0, name) for name in ADDONS)] if changes.keys() <= _OWN else []
+    for place in shared:
+        _link(source.part(*place), run.part(*place))
     return run
 
 
@@ -54,7 +61,8 @@ def missing_paths(root: Path) -> list[str]:
     """Local prompts files and things that look like model folders, but are not there, in words."""
     config = open_run(root).config
     files_ = {"prompts.path": config.prompts.path, "eval.prompts": config.eval.prompts}
-    models = {"student.model": config.student.model, "teacher.model": config.teacher and config.teacher.model}
+    given = {"student": config.student, "teacher": config.teacher, "base": config.base}
+    models = {f"{name}.model": cfg and cfg.model for name, cfg in given.items()}
     wanted = {k: v for k, v in files_.items() if v and not v.startswith("hf://")}
     wanted |= {k: v for k, v in models.items() if v and (v[0] in "./~" or v.count("/") > 1)}
     there = {k: root / Path(v).expanduser() for k, v in wanted.items()}
@@ -64,12 +72,19 @@ def missing_paths(root: Path) -> list[str]:
 def _anchored(values: dict[str, Any], base: Path, root: Path) -> dict[str, Any]:
     """Local paths that are relative to `base`, rewritten relative to `root`; Hub ids and absolute paths stay."""
     result = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    places = [("student", "model"), ("teacher", "model"), ("student", "chat_template"), ("teacher", "chat_template")]
+    places = [(section, key) for section in ("student", "teacher", "base") for key in ("model", "chat_template")]
     for section, key in [*places, ("prompts", "path"), ("eval", "prompts")]:
         value = (result.get(section) or {}).get(key)
         if isinstance(value, str) and not Path(value).expanduser().is_absolute() and (base / value).exists():
             # Resolved, because `..` behind a symbolic link leads elsewhere than the text says.
             result[section][key] = os.path.relpath(base.resolve() / value, root.resolve())
+    rule = (result.get("weigh") or {}).get("rule")
+    if isinstance(rule, str):
+
+        def moved(file: str) -> str:
+            return os.path.relpath(base.resolve() / file, root.resolve()) if (base / file).exists() else file
+
+        result["weigh"]["rule"] = own.moved(rule, moved)
     return result
 
 
@@ -90,6 +105,8 @@ def with_rule(
 ) -> Run:
     """The run with another rule than its configuration's; a new rule does not inherit the old one's parameters."""
     given: dict[str, Any] = {}
+    # A file on the command line is named from here, one in fire.yaml from the run.
+    rule = None if rule is None else own.moved(rule, lambda file: str(Path.cwd() / file))
     if rule is not None and rule != run.config.weigh.rule:
         given |= {"rule": rule, "params": {}, "name": None, "scope": None, "denominator": None}
     given |= {k: v for k, v in {"name": name, "scope": scope, "denominator": denominator}.items() if v is not None}

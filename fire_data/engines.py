@@ -1,4 +1,4 @@
-"""What generates and what scores: two protocols over tables, and a fake engine that needs no model.
+"""What generates and what scores: protocols over tables, and a fake engine that needs no model.
 
 The fake engine is deterministic and can be told to fail: for tests of everything around the engines, and dry runs.
 """
@@ -6,14 +6,14 @@ The fake engine is deterministic and can be told to fail: for tests of everythin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from fire_data.sampling import Sampling, uniforms
 from fire_data.schemas.errors import EngineError
-from fire_data.schemas.tables import FLOATS, IDS, SIGNALS
+from fire_data.schemas.tables import ADDONS, FLOATS, IDS, SIGNALS
 from fire_data.vocabulary import Vocabulary
 
 Progress = Callable[[int], None]
@@ -28,9 +28,18 @@ class Generator(Protocol):
 
 class Scorer(Protocol):
     """Evaluates both models on given responses. Takes rollouts (with `teacher_prompt_ids` where the teacher's prompt
-    differs) and returns the columns of `tables.SIGNALS` in the same order."""
+    differs) and returns the columns of `tables.SIGNALS` in the same order. With `k` also those of `ADDONS["topk"]`,
+    k per token, from the same pass; without `signals` those alone."""
 
-    def score(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table: ...
+    def score(
+        self, rollouts: pa.Table, progress: Progress | None = None, *, k: int = 0, signals: bool = True
+    ) -> pa.Table: ...
+
+
+class Reference(Protocol):
+    """Evaluates one more model on given responses behind the student's prompts: the column `base_logprob`."""
+
+    def logprobs(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table: ...
 
 
 class FakeGenerator:
@@ -64,15 +73,36 @@ class FakeGenerator:
 
 
 class FakeScorer:
-    """Signals that are finite, of the right shape and a function of the trajectory; they mean nothing."""
+    """Signals that are finite, of the right shape and a function of the trajectory; they mean nothing.
+
+    Scorer and Reference. Its top-k are sorted, differ in part between the models, and the logprobs on the other's ids
+    agree with the own ones where an id is in both.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self.log_size = float(np.log(max(2, int(vocabulary.allowed.sum()))))
+        self.ids = np.flatnonzero(vocabulary.allowed)
+        self.log_size = float(np.log(max(2, len(self.ids))))
 
-    def score(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table:
+    def score(
+        self, rollouts: pa.Table, progress: Progress | None = None, *, k: int = 0, signals: bool = True
+    ) -> pa.Table:
+        columns = self._signals(rollouts) if signals else {}
+        columns |= self._topk(rollouts, k) if k else {}
+        if progress:
+            progress(rollouts.num_rows)
+        return pa.table(columns)
+
+    def logprobs(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table:
+        values = [
+            (-self.log_size * uniforms(len(SIGNALS), name, len(ids))).tolist() for name, ids in _responses(rollouts)
+        ]
+        if progress:
+            progress(rollouts.num_rows)
+        return pa.table({"base_logprob": pa.array(values, FLOATS)})
+
+    def _signals(self, rollouts: pa.Table) -> dict[str, pa.Array]:
         values: dict[str, list[list[float]]] = {c.name: [] for c in SIGNALS}
-        names, responses = rollouts["trajectory_id"].to_pylist(), rollouts["response_ids"].to_pylist()
-        for name, ids in zip(names, responses, strict=True):
+        for name, ids in _responses(rollouts):
             for k, column in enumerate(SIGNALS):
                 if column.type == IDS:
                     values[column.name].append([1 if "rank" in column.name else i for i in ids])
@@ -81,6 +111,30 @@ class FakeScorer:
                 exact = np.full(len(ids), -self.log_size) if column.name == "student_logprob" else None
                 sign = -1.0 if "logprob" in column.name else 1.0
                 values[column.name].append((noise * sign if exact is None else exact).tolist())
-            if progress:
-                progress(len(ids))
-        return pa.table({c.name: pa.array(values[c.name], c.type) for c in SIGNALS})
+        return {c.name: pa.array(values[c.name], c.type) for c in SIGNALS}
+
+    def _topk(self, rollouts: pa.Table, k: int) -> dict[str, pa.Array]:
+        """Both models go round the ids from a start of their own, each id less likely than the one before it."""
+        values: dict[str, list[list[list[float]]]] = {c.name: [] for c in ADDONS["topk"]}
+        size = len(self.ids)
+        for name, ids in _responses(rollouts):
+            noise = uniforms(-1, name, 2 * len(ids))
+            teacher = (noise[: len(ids)] * size).astype(int)[:, None]
+            student = (teacher + (noise[len(ids) :] * k).astype(int)[:, None]) % size
+            steps = np.arange(k)[None]
+
+            def logprob(start: Any, at: Any) -> Any:
+                """Half of what is left for every id on the way, the same for all beyond the k-th."""
+                return -np.log(2.0) * (1 + np.minimum((at - start) % size, k))
+
+            for who, start in (("student", student), ("teacher", teacher)):
+                values[f"{who}_topk_ids"].append(self.ids[(start + steps) % size].tolist())
+                values[f"{who}_topk_logprobs"].append(logprob(start, start + steps).tolist())
+            values["teacher_logprob_on_student_topk"].append(logprob(teacher, student + steps).tolist())
+            values["student_logprob_on_teacher_topk"].append(logprob(student, teacher + steps).tolist())
+        return {c.name: pa.array(values[c.name], c.type) for c in ADDONS["topk"]}
+
+
+def _responses(rollouts: pa.Table) -> list[tuple[str, list[int]]]:
+    """Name and response of every row."""
+    return list(zip(rollouts["trajectory_id"].to_pylist(), rollouts["response_ids"].to_pylist(), strict=True))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import polars as pl
 
-from fire_data.schemas.tables import SCORES, WEIGHTS
+from fire_data.schemas.tables import ADDONS, SCORES, WEIGHTS
 
-_TOKEN_COLUMNS = tuple(c.name for c in (*SCORES, *WEIGHTS) if c.per == "token")
+_ADDED = tuple(c for columns in ADDONS.values() for c in columns)
+_TOKEN_COLUMNS = tuple(c.name for c in (*SCORES, *WEIGHTS, *_ADDED) if c.per == "token")
 _PROMPT_COLUMNS = ("prompt_ids", "teacher_prompt_ids", "messages")
 
 
 def explode(frame: pl.DataFrame | pl.LazyFrame) -> pl.LazyFrame:
     """One row per response token: `position` (from 0), every token column as a scalar, trajectory columns repeated.
 
+    Of the top-k columns each token has its list of k.
     Columns about the prompt are left out. Trajectories without tokens have no row.
     """
     lf = frame.lazy()

@@ -1,8 +1,9 @@
-"""The clipped surrogate loss as a plain sum over tokens, and the statistics of the probability ratio.
+"""The losses as plain sums over tokens: clipped surrogate, forward KL on the teacher's top-k; ratio statistics.
 
 Every coefficient already contains weight, advantage, masks and the denominator of the mean. So the loss of a step is
 a sum over its tokens, and cutting the step into micro-batches or padding its rows cannot change it or its gradient.
-Units: logprobs and log ratios are nats; a coefficient is nats over the denominator.
+Units: logprobs and log ratios are nats; a coefficient is nats over the denominator, of the forward KL a factor over it.
+Legend: `_T` tokens, `_K` the teacher's top-k.
 """
 
 from __future__ import annotations
@@ -51,6 +52,51 @@ def surrogate_loss(
     if dual_clip is not None:
         loss = torch.where(coefficient < 0, torch.minimum(loss, -coefficient * dual_clip), loss)
     return loss.sum()
+
+
+def forward_kl_loss(
+    logprob_TK: Tensor, teacher_logprob_TK: Tensor, coefficient_T: Tensor, *, renormalise: bool
+) -> Tensor:
+    """L = Σ_t f_t Σ_{v in teacher top-k} q_t(v) (log q_t(v) − log p_t(v)), summed as it is: the mean is in f_t.
+
+    The second stream of EOPD (arXiv 2603.07079), AOPD (2605.06387) and TrOPD (2606.01249). p is the student's
+    distribution over the full vocabulary. Both forms leave out the tail of the teacher's distribution, so both are
+    biased estimates of KL(q || p). With Q the teacher's mass on its top-k and q' = q / Q:
+
+    * `renormalise`: the terms are KL(q' || p), a divergence, at least 0.
+    * otherwise they are Q KL(q' || p) + Q log Q: no divergence, as low as Q log Q < 0, so the value says nothing by
+      itself. The gradient is Q times that of the other form: tokens whose top-k holds little mass count for less.
+
+    Either is smallest where the student has all its mass on the top-k, in proportion to q, not where it equals the
+    teacher.
+
+    A token with coefficient 0 contributes 0 to loss and gradient whatever its logprobs are: padding may hold anything.
+    A candidate to which the teacher gives probability 0 contributes 0 as well.
+
+    Args:
+        logprob_TK: log p_t(v) of the candidates under the policy being trained, [T, K]; carries the gradient.
+        teacher_logprob_TK: log q_t(v), full vocabulary, [T, K].
+        coefficient_T: f_t, what the trainer executes, [T].
+        renormalise: divide q by its sum over the candidates.
+
+    Returns:
+        Scalar in fp32 or better.
+
+    Raises:
+        DataError: the shapes do not fit together.
+    """
+    shapes = [tuple(x.shape) for x in (logprob_TK, teacher_logprob_TK, coefficient_T)]
+    if len(shapes[0]) != 2 or shapes[0] != shapes[1] or shapes[0][:1] != shapes[2]:
+        text = f"logprob, teacher_logprob and coefficient have shapes {shapes[0]}, {shapes[1]}, {shapes[2]}"
+        raise DataError(text, where="forward KL loss", fix="give [T, K], [T, K] and [T]")
+    wide = torch.promote_types(torch.promote_types(logprob_TK.dtype, coefficient_T.dtype), torch.float32)
+    coefficient_T1 = coefficient_T.to(wide)[:, None]
+    teacher_TK = torch.where(coefficient_T1 == 0, 0.0, teacher_logprob_TK.to(wide))
+    if renormalise:
+        teacher_TK = teacher_TK.log_softmax(1)
+    q_TK = teacher_TK.exp()
+    gap_TK = torch.where((coefficient_T1 == 0) | (q_TK == 0), 0.0, teacher_TK - logprob_TK.to(wide))
+    return (coefficient_T1 * q_TK * gap_TK).sum()
 
 
 @torch.no_grad()

@@ -10,29 +10,27 @@ from fire_data import files
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import Receipt
-from fire_data.shards import Part, intact, is_sealed, read_manifest, read_receipt
+from fire_data.shards import VERBS, Part, intact, is_sealed, read_manifest, read_receipt
 from fire_data.stages import Reporter, set_stage_aside
-
-_VERBS = {"rollouts": "rollout", "scores": "score", "weights": "weigh", "checkpoints": "train"}
 
 
 def parts(run: Run) -> list[Part]:
     """Every stage of every round that was started, in the order in which they are made."""
     found = []
-    names = weight_names(run)
     if run.part("evals", "start").manifest_path.exists():
         found.append(run.part("evals", "start"))
     for number in run.rounds():
         stages = [run.part(s, number) for s in ("rollouts", "scores")]
-        stages += [run.part("weights", number, n) for n in names]
+        stages += [run.part("addons", number, n) for n in _names(run, "addons")]
+        stages += [run.part("weights", number, n) for n in _names(run, "weights")]
         stages += [run.part("checkpoints", number), run.part("evals", number)]
         found += [p for p in stages if p.manifest_path.exists()]
     return found
 
 
-def weight_names(run: Run) -> list[str]:
-    """The folders under `weights/` that were started."""
-    folder = run.root / ".fire" / "manifests" / "weights"
+def _names(run: Run, stage: str) -> list[str]:
+    """The folders under `addons/` or `weights/` that were started."""
+    folder = run.root / ".fire" / "manifests" / stage
     return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
 
@@ -64,13 +62,14 @@ def status(run: Run) -> list[dict[str, Any]]:
 def next_command(run: Run) -> str:
     """The command that brings the run on: the first stage of the current round that is not sealed."""
     number = run.current_round()
-    waiting = [p for stage in STAGES if not is_sealed(p := run.part(stage, number))]
-    part = waiting[0]
+    added = [(number, name) for name in run.config.score.add]
+    places = [(stage, *place) for stage in STAGES for place in (added if stage == "addons" else [(number, None)])]
+    part = next(p for place in places if not is_sealed(p := run.part(*place)))
     if number and part.stage == "rollouts" and not part.manifest_path.exists():
         return shlex.join(["fire", "run", str(run.root), "--rounds", str(number + 1)])
-    if part.name not in (None, run.config.weights_name):
+    if part.stage == "weights" and part.name != run.config.weights_name:
         return part.command
-    return shlex.join(["fire", _VERBS[part.stage], str(run.root)])
+    return shlex.join(["fire", VERBS[part.stage], str(run.root)])
 
 
 def check(run: Run) -> list[dict[str, Any]]:
@@ -127,17 +126,17 @@ def start_over(run: Run, stage: str, number: int | str, report: Reporter, name: 
         there = part.manifest_path.exists()
         set_stage_aside(part)
         return _told([part.label] * there, part, report)
-    if _lineage(run, stage, name):
+    lineage = _lineage(run, stage, number, name)
+    if lineage:
         _require_start(run, number)
-    rest = STAGES[STAGES.index(stage) :]
     moved = []
     for part in reversed(parts(run)):
-        same = part.round == number and _follows(run, part, stage, rest, name)
-        later = isinstance(part.round, int) and part.round > number and _lineage(run, stage, name)
+        same = part.round == number and _follows(part, stage, name, lineage)
+        later = isinstance(part.round, int) and part.round > number and lineage
         if same or later:
             set_stage_aside(part)
             moved.append(part.label)
-    if _lineage(run, stage, name):
+    if lineage:
         _set_states_aside(run, number)
     return _told(moved[::-1], run.part(stage, number, name), report)
 
@@ -148,17 +147,32 @@ def _told(moved: list[str], part: Part, report: Reporter) -> list[str]:
     return moved
 
 
-def _lineage(run: Run, stage: str, name: str | None) -> bool:
-    """False for weights that are only there to compare: nothing depends on them."""
+def _lineage(run: Run, stage: str, number: int, name: str | None) -> bool:
+    """Whether the checkpoint is made from it: weights may be there to compare, addons for such weights."""
+    if stage == "addons":
+        return _uses(run.part("weights", number), name) or _uses(run.part("checkpoints", number), name)
     return stage != "weights" or name == run.config.trained_weights
 
 
-def _follows(run: Run, part: Part, stage: str, rest: tuple[str, ...], name: str | None) -> bool:
-    if part.stage == "evals":
-        return _lineage(run, stage, name)
-    if stage == "weights":
-        return part.name == name if part.stage == "weights" else part.stage in rest and _lineage(run, stage, name)
-    return part.stage in rest
+def _follows(part: Part, stage: str, name: str | None, lineage: bool) -> bool:
+    """Whether a part of the same round is the stage itself or was made from it."""
+    if part.stage in ("checkpoints", "evals"):
+        return lineage
+    if stage == part.stage == "weights" or stage == part.stage == "addons":
+        return part.name == name
+    if stage == "addons":
+        return part.stage == "weights" and _uses(part, name)
+    return STAGES.index(part.stage) >= STAGES.index(stage)
+
+
+def _uses(part: Part, addon: str | None) -> bool:
+    """Whether weights or a checkpoint were made with an addon; true where the manifest cannot be read."""
+    try:
+        manifest = read_manifest(part)
+    except DataError:
+        return True
+    fields = manifest.fields if manifest else {}
+    return any(addon in (fields.get(key) or ()) for key in ("addons", "inputs"))
 
 
 def _states(root: Path) -> list[tuple[int, Path]]:

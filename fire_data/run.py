@@ -6,6 +6,8 @@ because Polars reads most single-bit flips in a Parquet file as other numbers wi
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import polars as pl
 
 from fire_data.schemas.config import Config, ModelConfig, load_config
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
+from fire_data.schemas.manifest import Manifest
+from fire_data.schemas.tables import ADDONS
 from fire_data.shards import Part, is_sealed, sealed, verify_shard
 
-STAGES = ("rollouts", "scores", "weights", "checkpoints")
+STAGES = ("rollouts", "scores", "addons", "weights", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Run:
     config: Config
 
     def part(self, stage: str, round: int | str, name: str | None = None) -> Part:
-        """Where a stage of a round lies; weights have a name, by default the one that is trained."""
+        """Where a stage of a round lies; addons have a name, and weights, by default the one that is trained."""
         if stage == "weights":
             name = name or self.config.trained_weights
         return Part(self.root, stage, round, name)
@@ -35,27 +39,50 @@ class Run:
         """What the student wrote, one row per trajectory; `round` None: all sealed rounds."""
         return self._scan("rollouts", round)
 
-    def scores(self, round: int | None = None) -> pl.LazyFrame:
-        """Rollouts with the signals of student and teacher, one list element per response token, in nats."""
-        return self._scan("scores", round)
+    def scores(self, round: int | None = None, add: str | Iterable[str] = ()) -> pl.LazyFrame:
+        """Rollouts with the signals of student and teacher, one list element per response token, in nats.
 
-    def weights(self, name: str | None = None, round: int | None = None) -> pl.LazyFrame:
+        Args:
+            round: None: all sealed rounds.
+            add: addons whose columns are joined row by row: "topk", "base", "pass-rate".
+
+        Raises:
+            IncompleteError: an addon is not there, with the command that adds it.
+            DataError: the tables are not about the same trajectories.
+        """
+        numbers = [round] if round is not None else self._sealed_rounds("scores", None)
+        return pl.concat([self._scores(number, add) for number in numbers])
+
+    def weights(self, name: str | None = None, round: int | None = None, add: str | Iterable[str] = ()) -> pl.LazyFrame:
         """Scores joined row by row with the weights called `name` (default: those that are trained).
 
-        Raises DataError if the two tables are not about the same trajectories.
+        Arguments and errors as for `scores`.
         """
         frames = []
         for number in [round] if round is not None else self._sealed_rounds("weights", name):
             weights = self._scan("weights", number, name)
-            scores = self._scan("scores", number)
-            mine, theirs = (f.select("trajectory_id").collect()["trajectory_id"] for f in (weights, scores))
-            if not mine.equals(theirs):
-                part = self.part("weights", number, name)
-                raise DataError(
-                    "weights and scores are about different trajectories", where=part.label, fix=part.command
-                )
-            frames.append(pl.concat([scores, weights.drop("trajectory_id")], how="horizontal"))
+            part = self.part("weights", number, name)
+            frames.append(_beside(self._scores(number, add), weights, part, part.command))
         return pl.concat(frames, how="diagonal")  # optional columns may differ between rounds
+
+    def addon(self, round: int, name: str) -> tuple[Part, Manifest]:
+        """Where an addon lies, and its manifest: sealed, and made for the rollouts of this round's scores.
+
+        Raises as `scores`, and ConfigError if there is no addon of this name.
+        """
+        if name not in ADDONS:
+            text = f"there are no further columns {name!r}; there are: {', '.join(ADDONS)}"
+            raise ConfigError(text, fix=f"fire score {shlex.quote(str(self.root))} --add {next(iter(ADDONS))}")
+        part = self.part("addons", round, name)
+        manifest, scores = sealed(part), sealed(self.part("scores", round))
+        if manifest.fields["rollouts"] != scores.fields["rollouts"]:
+            text = "the columns were made for other rollouts than the scores"
+            raise DataError(text, where=part.label, fix=f"{part.command} --redo")
+        return part, manifest
+
+    def addons(self, round: int) -> tuple[str, ...]:
+        """The names of a round's sealed addons."""
+        return tuple(name for name in ADDONS if is_sealed(self.part("addons", round, name)))
 
     def evals(self) -> pl.LazyFrame:
         """All evaluations, with a column `round` (-1: the student before training)."""
@@ -95,6 +122,10 @@ class Run:
         folder = self.part("checkpoints", round - 1).folder.resolve()
         return self.config.student.model_copy(update={"model": str(folder), "revision": None})
 
+    def base(self) -> ModelConfig:
+        """The reference model of `base_logprob`: by default the given student, in every round."""
+        return self.config.base or self.config.student
+
     def teacher(self) -> ModelConfig:
         """The teacher's configuration. Raises ConfigError if there is none."""
         if self.config.teacher is None:
@@ -102,6 +133,13 @@ class Run:
                 "there is no teacher", where=str(self.root / "fire.yaml"), fix="--set teacher.model=FOLDER"
             )
         return self.config.teacher
+
+    def _scores(self, round: int, add: str | Iterable[str]) -> pl.LazyFrame:
+        frame = self._scan("scores", round)
+        for name in dict.fromkeys([add] if isinstance(add, str) else add):
+            part, _ = self.addon(round, name)
+            frame = _beside(frame, self._scan("addons", round, name), part, f"{part.command} --redo")
+        return frame
 
     def _sealed_rounds(self, stage: str, name: str | None) -> list[int]:
         found = [n for n in self.rounds() if is_sealed(self.part(stage, n, name))]
@@ -116,6 +154,14 @@ class Run:
             part = self.part(stage, number, name)
             files += [verify_shard(part, r) for r in sealed(part).shards]
         return pl.scan_parquet(files, glob=False)
+
+
+def _beside(scores: pl.LazyFrame, other: pl.LazyFrame, part: Part, fix: str) -> pl.LazyFrame:
+    """Two tables of the same rows as one. Raises DataError if a row is not about the same trajectory in both."""
+    mine, theirs = (f.select("trajectory_id").collect()["trajectory_id"] for f in (other, scores))
+    if not mine.equals(theirs):
+        raise DataError(f"{part.stage} and scores are about different trajectories", where=part.label, fix=fix)
+    return pl.concat([scores, other.drop("trajectory_id")], how="horizontal")
 
 
 def open_run(path: str | Path, overrides: tuple[str, ...] = ()) -> Run:

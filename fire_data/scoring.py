@@ -1,15 +1,16 @@
-"""Runs student and teacher over finished rollouts and returns one column per signal, plus their per-row summaries.
+"""Runs models over finished rollouts and returns one column per signal, plus their per-row summaries.
 
 Both models see the same batch of right-padded rows, made by length within a budget of padded tokens; only the hidden
 states that predict response tokens are kept, packed without padding, and turned into signals chunk by chunk. Batches
-depend on nothing but the rows' content, so equal shards give equal bytes. Units: nats; lengths in tokens. Legend: `_B`
-sequences, `_L` padded length, `_T` packed response tokens, `_D` hidden.
+depend on nothing but the rows' content, so equal shards give equal bytes. The top-k of both models comes from the same
+pass where it is asked for. Units: nats; lengths in tokens. Legend: `_B` sequences, `_L` padded length, `_T` packed
+response tokens, `_D` hidden, `_K` top-k.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,14 +23,16 @@ import torch
 from fire_data.models import head_of, hidden_states
 from fire_data.packing import micro_batches, pad, response_index
 from fire_data.schemas.errors import DataError
-from fire_data.schemas.tables import FLOAT_SIGNALS, SIGNALS, SUMMARIES
-from fire_data.signals import Head, token_signals
+from fire_data.schemas.tables import ADDONS, FLOAT_SIGNALS, SIGNALS, SUMMARIES, Column
+from fire_data.signals import token_logprobs, token_signals
 from fire_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Array: TypeAlias = npt.NDArray[Any]
+Columns: TypeAlias = dict[str, torch.Tensor]
+Progress: TypeAlias = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -56,43 +59,76 @@ class TransformersScorer:
     tokens_per_batch: int
     budget_bytes: int
 
-    def score(self, rollouts: pa.Table, progress: Callable[[int], None] | None = None) -> pa.Table:
+    def score(
+        self, rollouts: pa.Table, progress: Progress | None = None, *, k: int = 0, signals: bool = True
+    ) -> pa.Table:
         """The columns of `tables.SIGNALS`, row by row as in `rollouts`.
 
         Args:
             rollouts: with `prompt_ids`, `response_ids` and, where the teacher's prompt differs, `teacher_prompt_ids`.
             progress: called with the number of rows finished after every batch.
+            k: also the columns of `ADDONS["topk"]`, with so many tokens (at most the allowed ids), from the same pass.
+            signals: false: those columns alone.
 
         Raises:
             DataError: a row has response tokens but no prompt tokens to predict the first from.
             EngineError: a model's head is not understood.
         """
-        rows = _read_rows(rollouts)
-        ordered = sorted(rows, key=_content)  # of equal lengths: the order of rows in the table does not matter
         heads = head_of(self.student), head_of(self.teacher)
-        signals: list[dict[str, Array]] = [{} for _ in rows]
-        for batch in micro_batches([r.length for r in ordered], self.tokens_per_batch):
-            chosen = [ordered[i] for i in batch if ordered[i].response]
-            if chosen:
-                columns = self._score_batch(chosen, heads)
-                ends = np.cumsum([len(r.response) for r in chosen])[:-1]
-                for name, values in columns.items():
-                    for row, part in zip(chosen, np.split(values, ends), strict=True):
-                        signals[row.index][name] = part
-            if progress:
-                progress(len(batch))
-        return _signal_table(signals)
 
-    def _score_batch(self, rows: list[_Row], heads: tuple[Head, Head]) -> dict[str, Array]:
-        """Signals of a batch, every array packed in the order of `rows`."""
-        with torch.inference_mode():
+        def evaluate(rows: list[_Row]) -> Columns:
             student_TD = _predicting_states(self.student, [(r.student_prompt, r.response) for r in rows])
             teacher_TD = _predicting_states(self.teacher, [(r.teacher_prompt, r.response) for r in rows])
-            ids_T = torch.tensor([i for r in rows for i in r.response], device=student_TD.device)
-            columns = token_signals(
-                student_TD, heads[0], teacher_TD, heads[1], ids_T, self.vocabulary, self.budget_bytes
-            )
-        return {name: values.cpu().numpy() for name, values in columns.items()}
+            ids_T = _response_ids(rows, student_TD.device)
+            return token_signals(
+                student_TD, heads[0], teacher_TD, heads[1], ids_T, self.vocabulary, self.budget_bytes,
+                k=k, signals=signals,
+            )  # fmt: skip
+
+        columns = (*(SIGNALS if signals else ()), *(ADDONS["topk"] if k else ()))
+        return _list_table(_by_rows(_read_rows(rollouts), self.tokens_per_batch, evaluate, progress), columns)
+
+
+@dataclass(frozen=True)
+class TransformersReference:
+    """The logprobs of one more model on the same tokens, behind the student's prompts."""
+
+    model: PreTrainedModel
+    vocabulary: Vocabulary
+    tokens_per_batch: int
+    budget_bytes: int
+
+    def logprobs(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table:
+        """The column `base_logprob`, row by row as in `rollouts`. Raises as `TransformersScorer.score`."""
+        head = head_of(self.model)
+
+        def evaluate(rows: list[_Row]) -> Columns:
+            hidden_TD = _predicting_states(self.model, [(r.student_prompt, r.response) for r in rows])
+            ids_T = _response_ids(rows, hidden_TD.device)
+            return {"base_logprob": token_logprobs(hidden_TD, head, ids_T, self.vocabulary, self.budget_bytes)}
+
+        rows = _read_rows(rollouts.select(["prompt_ids", "response_ids"]))
+        return _list_table(_by_rows(rows, self.tokens_per_batch, evaluate, progress), ADDONS["base"])
+
+
+def _by_rows(
+    rows: list[_Row], tokens_per_batch: int, evaluate: Callable[[list[_Row]], Columns], progress: Progress | None
+) -> list[dict[str, Array]]:
+    """What `evaluate` gives for batches of rows, packed in their order, as one array per row and column."""
+    ordered = sorted(rows, key=_content)  # of equal lengths: the order of rows in the table does not matter
+    found: list[dict[str, Array]] = [{} for _ in rows]
+    for batch in micro_batches([r.length for r in ordered], tokens_per_batch):
+        chosen = [ordered[i] for i in batch if ordered[i].response]
+        if chosen:
+            with torch.inference_mode():
+                columns = {name: values.cpu().numpy() for name, values in evaluate(chosen).items()}
+            ends = np.cumsum([len(r.response) for r in chosen])[:-1]
+            for name, values in columns.items():
+                for row, part in zip(chosen, np.split(values, ends), strict=True):
+                    found[row.index][name] = part
+        if progress:
+            progress(len(batch))
+    return found
 
 
 def summarise(table: pa.Table) -> pa.Table:
@@ -147,12 +183,26 @@ def _predicting_states(model: PreTrainedModel, rows: list[tuple[list[int], list[
     return states_BLD[row_T.to(states_BLD.device), position_T.to(states_BLD.device)]
 
 
-def _signal_table(rows: list[dict[str, Array]]) -> pa.Table:
-    """Row-wise arrays to list columns with the types of the schema; a row without signals has empty lists."""
+def _response_ids(rows: list[_Row], device: torch.device) -> torch.Tensor:
+    return torch.tensor([i for r in rows for i in r.response], device=device)
+
+
+def _list_table(rows: list[dict[str, Array]], columns: Sequence[Column]) -> pa.Table:
+    """Arrays [T] or [T, K] of every row to list columns with the types of the schema; a row without has empty lists."""
     arrays = []
-    for column in SIGNALS:
-        parts = [row.get(column.name, np.zeros(0)) for row in rows]
-        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
-        values = np.concatenate([np.zeros(0), *parts]).astype(column.type.value_type.to_pandas_dtype())
-        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=column.type))
-    return pa.Table.from_arrays(arrays, schema=pa.schema([c.field() for c in SIGNALS]))
+    for column in columns:
+        parts = [row[column.name] for row in rows if column.name in row]
+        counts = [len(row.get(column.name, ())) for row in rows]
+        arrays.append(_nested(np.concatenate(parts) if parts else np.zeros((0, 0)), counts, column.type))
+    return pa.Table.from_arrays(arrays, schema=pa.schema([c.field() for c in columns]))
+
+
+def _nested(values: Array, counts: list[int], type_: pa.DataType) -> pa.ListArray:
+    """Lists of `counts` elements each, cut from `values`; of lists, if the type says so and values are [T, K]."""
+    inner = type_.value_type
+    if pa.types.is_list(inner):
+        items = _nested(values.reshape(-1), [values.shape[1]] * len(values), inner)
+    else:
+        items = pa.array(values.reshape(-1).astype(inner.to_pandas_dtype()))
+    offsets = pa.array(np.cumsum([0, *counts], dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, items, type=type_)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fire_data import chat, vocabulary
 from fire_data.run import Run
 from fire_data.schemas.config import ModelConfig
+from fire_data.schemas.errors import TokenizerError
 from fire_data.schemas.manifest import Manifest, digest
 from fire_data.shards import Part, read_manifest, verify_file
 from fire_data.stages import Reporter, Silent
@@ -74,6 +75,37 @@ class Session:
         return vocabulary.shared_vocabulary(*tokenizers, rows=rows)
 
     @cached_property
+    def base_ids(self) -> Vocabulary:
+        """All ids the reference model can read. Raises TokenizerError if one has another meaning for the student."""
+        from fire_data import models
+
+        cfg, base = self.run.config, self.run.base()
+        tokenizer = self.tokenizer
+        if base is not cfg.student:
+            models.check_model_files(base, self.run.root, weights=cfg.score.engine != "fake")
+            tokenizer = models.load_tokenizer(base, self.run.root)
+            found = vocabulary.compare(self.tokenizer, tokenizer)
+            if found.conflicts or not found.shared:
+                text = "the base model's tokenizer gives ids another meaning than the student's"
+                fix = "--set base.model=MODEL, one with the student's tokenizer"
+                raise TokenizerError(text, where=base.model, fix=fix)
+        return vocabulary.shared_vocabulary(tokenizer, rows=[models.output_rows(base, self.run.root)])
+
+    @cached_property
+    def base_vocabulary(self) -> Vocabulary:
+        """The ids that share the probability under the reference model: of those of all models, what it has too."""
+        size = min(self.vocabulary.size, self.base_ids.size)
+        return Vocabulary(size, self.vocabulary.allowed[:size] & self.base_ids.allowed[:size])
+
+    @cached_property
+    def teacher_vocabulary(self) -> Vocabulary:
+        """All ids of the teacher: what it may write itself."""
+        from fire_data import models
+
+        rows = models.output_rows(self.run.teacher(), self.run.root)
+        return vocabulary.shared_vocabulary(self.teacher_tokenizer, rows=[rows])
+
+    @cached_property
     def vocabulary_fields(self) -> dict[str, Any]:
         """The vocabulary for a fingerprint: what the student's ids mean and which of them may be used.
 
@@ -103,6 +135,11 @@ class Session:
         cfg = self.run.teacher()
         return {"weights": self._fingerprint(cfg), "dtype": cfg.dtype}
 
+    def base_fields(self) -> dict[str, Any]:
+        """The reference model, for a fingerprint."""
+        cfg = self.run.base()
+        return {"weights": self._fingerprint(cfg), "dtype": cfg.dtype}
+
     def performance(self, section: str) -> dict[str, Any]:
         """Settings of a section that change bytes at most, never the meaning: recorded in manifests."""
         import torch
@@ -127,10 +164,20 @@ class Session:
         """The teacher, loaded for inference."""
         return self._load("teacher", self.teacher_fields()["weights"], self.run.teacher())
 
+    def base(self) -> PreTrainedModel:
+        """The reference model, loaded for inference; the student where that is the same."""
+        cfg, key, given = self.run.base(), self.base_fields()["weights"], self.run.config.student
+        same = self._models.get("student", ("", None))[0] == key and (cfg.dtype, cfg.device) == (
+            given.dtype,
+            given.device,
+        )
+        return self._load("student" if same else "base", key, cfg)
+
     def release(self, *who: str) -> None:
         """Forget loaded models (all, if none is named) and give their memory back."""
-        for name in who or tuple(self._models):
-            self._models.pop(name, None)
+        there = [name for name in who or tuple(self._models) if self._models.pop(name, None) is not None]
+        if not there:
+            return
         gc.collect()
         import torch
 

@@ -22,8 +22,12 @@ from pydantic import ValidationError
 from fire_data import files
 from fire_data.schemas.errors import DamagedError, DataError, FingerprintError, IncompleteError, StorageError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT, conform
+from fire_data.schemas.tables import FORMAT, TABLES, conform
 
+VERBS = {
+    "rollouts": "rollout", "scores": "score", "addons": "score", "weights": "weigh", "checkpoints": "train",
+    "evals": "eval",
+}  # fmt: skip
 _T = TypeVar("_T", Manifest, Receipt)
 _ROW_GROUP_BYTES = 64 << 20  # the Hub's viewer refuses row groups over 286 MiB
 
@@ -46,6 +50,11 @@ class Part:
     def _path(self) -> tuple[str, str]:
         stage = f"{self.stage}/{self.name}" if self.name else self.stage
         return stage, self.round if isinstance(self.round, str) else f"round-{self.round:03d}"
+
+    @property
+    def table(self) -> str:
+        """The name of its rows' schema in `TABLES`: weights have one schema, each addon has its own."""
+        return f"{self.stage}/{self.name}" if self.stage == "addons" else self.stage
 
     @property
     def folder(self) -> Path:
@@ -82,15 +91,17 @@ class Part:
     @property
     def command(self) -> str:
         """The command that makes this stage."""
-        verb = {"rollouts": "rollout", "scores": "score", "weights": "weigh", "checkpoints": "train", "evals": "eval"}
-        text = f"fire {verb[self.stage]} {shlex.quote(str(self.root))}"
+        text = f"fire {VERBS[self.stage]} {shlex.quote(str(self.root))}"
         text += f" --round {self.round}" if isinstance(self.round, int) else f" --{self.round}"
         if self.name is None:
             return text
+        if self.stage == "addons":
+            return f"{text} --add {self.name}"
         from fire_data.rules import RULES  # imported late: it is only needed for words
 
         # Weights that are named as their rule are made by it, whatever rule the configuration names.
-        option = "rule" if self.name in RULES and self.name != "expression" else "name"
+        known = all(n in RULES and n != "expression" for n in self.name.split("+"))
+        option = "rule" if known else "name"
         return f"{text} --{option} {shlex.quote(self.name)}"
 
 
@@ -146,7 +157,8 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
         try:
             _write_parquet(scratch, table, fingerprint)
             files.fsync_file(scratch)
-            receipt = _receipt(scratch, shard.name, table.num_rows, fingerprint, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            receipt = _receipt(scratch, part.table, shard.name, table.num_rows, fingerprint, seconds)
             with files.locked(part.lock):
                 require_current(part, fingerprint)
                 other = read_receipt(part, shard.name)
@@ -172,11 +184,7 @@ def require_current(part: Part, fingerprint: str) -> None:
 
 def _write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
     metadata = {**(table.schema.metadata or {}), b"fire.fingerprint": fingerprint.encode()}
-    floats = [
-        f"{f.name}.list.element"
-        for f in table.schema
-        if pa.types.is_list(f.type) and pa.types.is_floating(f.type.value_type)
-    ]
+    floats = [numbers for f in table.schema if (numbers := _float_lists(f.name, f.type))]
     texts = [f.name for f in table.schema if pa.types.is_string(f.type)]
     rows = max(1, min(table.num_rows, table.num_rows * _ROW_GROUP_BYTES // max(1, table.nbytes)))
     pq.write_table(
@@ -192,13 +200,20 @@ def _write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
     )
 
 
-def _receipt(path: Path, shard: str, rows: int, fingerprint: str, seconds: float) -> Receipt:
+def _float_lists(name: str, type_: pa.DataType) -> str | None:
+    """The Parquet path of the numbers in a column of lists, or lists of lists, of floats; None for other columns."""
+    path = name
+    while pa.types.is_list(type_):
+        path, type_ = f"{path}.list.element", type_.value_type
+    return path if path != name and pa.types.is_floating(type_) else None
+
+
+def _receipt(path: Path, table: str, shard: str, rows: int, fingerprint: str, seconds: float) -> Receipt:
     counted = pq.read_metadata(path).num_rows
     if counted != rows:
         raise OSError(f"re-reading gave {counted} rows instead of {rows}")
     tokens = 0
-    schema = pq.read_schema(path)
-    leader = next((c for c in ("response_ids", "weight") if c in schema.names), None)
+    leader = next((c.name for c in TABLES[table] if c.per == "token"), None)
     if leader:
         tokens = pc.sum(pc.list_value_length(pq.read_table(path, columns=[leader])[leader])).as_py() or 0
     return Receipt(
@@ -240,19 +255,19 @@ def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
         existing = read_receipt(part, shard.name)
         if existing is not None:
             return existing
-        table = _parsed(path.read_bytes(), part.stage)
+        table = _parsed(path.read_bytes(), part.table)
         if table is None or not _writes_the_same(part, path, table, fingerprint):
             files.set_aside([path], part.orphans)
             return None
-        receipt = _receipt(path, shard.name, table.num_rows, fingerprint, 0.0)
+        receipt = _receipt(path, part.table, shard.name, table.num_rows, fingerprint, 0.0)
         files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
         return receipt
 
 
-def _parsed(data: bytes, stage: str) -> pa.Table | None:
-    """The table in a Parquet file's bytes; None if there is none that is one of this stage."""
+def _parsed(data: bytes, table: str) -> pa.Table | None:
+    """The table in a Parquet file's bytes; None if there is none that conforms to the schema called `table`."""
     try:
-        return conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), stage, "")
+        return conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), table, "")
     except (pa.ArrowException, OSError, DataError):  # a page checksum that differs is an OSError
         return None
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fire_data.topk import block_candidates
 from fire_data.vocabulary import Vocabulary, mask_logits
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -29,8 +30,14 @@ def token_signals(
     ids_T: torch.Tensor,
     vocabulary: Vocabulary,
     budget_bytes: int,
+    *,
+    k: int = 0,
+    signals: bool = True,
 ) -> dict[str, torch.Tensor]:
     """All columns of `tables.SIGNALS` for the tokens `ids_T`, each of shape [T], on the student's device.
+
+    With `k`, also those of `ADDONS["topk"]`, each [T, K]; without `signals`, those alone. Both are from the same logits
+    and have the same values together as apart.
 
     Entropies and divergences are over the full real vocabulary and clamped at 0, below which only rounding leads.
     Ranks are 1 + the number of strictly larger logits. Floats are fp32 (fp64 for fp64 models), ids and ranks int64.
@@ -39,7 +46,13 @@ def token_signals(
         student_hidden_TD: the hidden states [T, D] that predict the tokens.
         teacher_hidden_TD: the same of the teacher, [T, D'] on any device.
         budget_bytes: no float tensor [positions, vocabulary] is larger, except that one position always runs.
+        k: most likely tokens of each model to return; at most the number of allowed ids.
     """
+
+    def columns(student_TV: torch.Tensor, teacher_TV: torch.Tensor, ids_T: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = chunk_signals(student_TV, teacher_TV, ids_T) if signals else {}
+        return found | (chunk_candidates(student_TV, teacher_TV, k) if k else {})
+
     rows = max(_rows(student_head, student_hidden_TD), _rows(teacher_head, teacher_hidden_TD))
     dtype = torch.promote_types(torch.promote_types(student_hidden_TD.dtype, teacher_hidden_TD.dtype), torch.float32)
     parts: list[dict[str, torch.Tensor]] = []
@@ -47,43 +60,64 @@ def token_signals(
         for chunk in _chunks(len(ids_T), rows * dtype.itemsize, budget_bytes):
             student_TV = mask_logits(student_head(student_hidden_TD[chunk]), vocabulary).to(dtype)
             teacher_TV = mask_logits(teacher_head(teacher_hidden_TD[chunk]), vocabulary).to(student_TV)
-            parts.append(chunk_signals(student_TV, teacher_TV, ids_T[chunk]))
+            parts.append(columns(student_TV, teacher_TV, ids_T[chunk]))
             del student_TV, teacher_TV  # before the next chunk's logits exist
     empty = student_hidden_TD.new_zeros(0, vocabulary.size, dtype=dtype)
-    parts = parts or [chunk_signals(empty, empty, ids_T)]
+    parts = parts or [columns(empty, empty, ids_T)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def token_logprobs(
-    hidden_TD: torch.Tensor, head: Head, ids_T: torch.Tensor, vocabulary: Vocabulary, budget_bytes: int
+    hidden_TD: torch.Tensor, head: Head, ids: torch.Tensor, vocabulary: Vocabulary, budget_bytes: int
 ) -> torch.Tensor:
-    """log p of the tokens `ids_T`, shape [T], in nats, fp32 or better; differentiable in hidden states and head.
+    """log p of the tokens `ids`, in nats, fp32 or better; differentiable in hidden states and head.
 
     The logits of a chunk are recomputed in the backward pass instead of kept, so the budget holds in both.
+
+    Args:
+        ids: one id per position, [T], or several, [T, K], for which the head is applied no more often.
+
+    Returns:
+        The shape of `ids`.
     """
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    ids_TK = ids[:, None] if ids.ndim == 1 else ids
 
-    def logprobs(part_TD: torch.Tensor, part_ids_T: torch.Tensor) -> torch.Tensor:
+    def logprobs(part_TD: torch.Tensor, part_ids_TK: torch.Tensor) -> torch.Tensor:
         logits_TV = mask_logits(head(part_TD), vocabulary)
-        return logits_TV.gather(1, part_ids_T[:, None])[:, 0] - logits_TV.logsumexp(1)
+        return logits_TV.gather(1, part_ids_TK) - logits_TV.logsumexp(1, keepdim=True)
 
     parts = [
-        checkpoint(logprobs, hidden_TD[chunk], ids_T[chunk], use_reentrant=False, preserve_rng_state=False)
-        for chunk in _chunks(len(ids_T), _rows(head, hidden_TD) * dtype.itemsize, budget_bytes)
+        checkpoint(logprobs, hidden_TD[chunk], ids_TK[chunk], use_reentrant=False, preserve_rng_state=False)
+        for chunk in _chunks(len(ids_TK), _rows(head, hidden_TD) * dtype.itemsize, budget_bytes)
     ]
-    return torch.cat(parts) if parts else hidden_TD.sum(1).to(dtype)
+    logprob_TK = torch.cat(parts) if parts else hidden_TD.sum(1, keepdim=True).to(dtype).expand(ids_TK.shape)
+    return logprob_TK.reshape(ids.shape)
 
 
 def chunk_signals(student_TV: torch.Tensor, teacher_TV: torch.Tensor, ids_T: torch.Tensor) -> dict[str, torch.Tensor]:
     """`token_signals` of logits that are already masked; both [T, V] of one dtype and device. Changes no argument."""
-    positions, size = student_TV.shape
-    step = max(1, positions)
-    if student_TV.device.type == "cpu":
-        step = min(step, max(1, _CACHED * torch.get_num_threads() // size))
-    buffers = [student_TV.new_empty(step, size) for _ in range(4)]
-    blocks = [slice(i, min(i + step, positions)) for i in range(0, max(1, positions), step)]
+    step, blocks = _blocks(student_TV)
+    buffers = [student_TV.new_empty(step, student_TV.shape[1]) for _ in range(4)]
     parts = [_block_signals(student_TV[b], teacher_TV[b], ids_T[b, None], buffers) for b in blocks]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def chunk_candidates(student_TV: torch.Tensor, teacher_TV: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
+    """The columns of `ADDONS["topk"]`, each [T, K], of logits that are already masked. Changes no argument."""
+    step, blocks = _blocks(student_TV)
+    work_RV = student_TV.new_empty(step, student_TV.shape[1])
+    parts = [block_candidates(student_TV[b], teacher_TV[b], k, work_RV[: len(student_TV[b])]) for b in blocks]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _blocks(logits_TV: torch.Tensor) -> tuple[int, list[slice]]:
+    """Rows of a block, and the blocks that cover all rows; one empty block if there are none."""
+    positions, size = logits_TV.shape
+    step = max(1, positions)
+    if logits_TV.device.type == "cpu":
+        step = min(step, max(1, _CACHED * torch.get_num_threads() // size))
+    return step, [slice(i, min(i + step, positions)) for i in range(0, max(1, positions), step)]
 
 
 def _block_signals(

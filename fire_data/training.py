@@ -1,30 +1,30 @@
 """One optimizer step on frozen coefficients, and the check that data and model belong together before the first one.
 
-The trainer knows no rule: a step is rows of ids with one old logprob and one coefficient per response token, and the
-loss is a plain sum. So micro-batches, their order and their padding cannot change the step. Master weights are fp32
-(fp64 when asked), lower precision is autocast. Dropout is off: the policy that is trained is the one that was sampled.
-Units: logprobs are nats, budgets padded tokens. `_B` sequences, `_L` padded length, `_T` packed response tokens, `_D`
-hidden.
+The trainer knows no rule: a step is rows of ids with one old logprob and one coefficient per response token, for some
+rules a second coefficient with the teacher's top-k, and the loss is a plain sum. So micro-batches, their order and
+their padding cannot change the step. Master weights are fp32 (fp64 when asked), lower precision is autocast. Dropout is
+off: the policy that is trained is the one that was sampled.
+Units: logprobs are nats, budgets padded tokens. `_B` sequences, `_L` padded length, `_T` packed response tokens, `_K`
+top-k, `_D` hidden.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fire_data.loss import add_statistics, ratio_statistics, surrogate_loss
+from fire_data.batch import StepBatch, topk_of
+from fire_data.loss import add_statistics, forward_kl_loss, ratio_statistics, surrogate_loss
 from fire_data.models import hidden_states
 from fire_data.optim import learning_rate
-from fire_data.packing import Row, flatten, micro_batches, pad, response_index
+from fire_data.packing import flatten, micro_batches, pad, response_index
 from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import ConfigError, DataError, TrainingError
 from fire_data.signals import token_logprobs
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Head = Callable[[Tensor], Tensor]
-Values = Sequence[float] | npt.NDArray[np.floating]
 
 EXACT_TOLERANCE = 1e-4
 """Mean |log r| in nats that two fp32 computations of the same logprobs stay below."""
@@ -42,48 +41,6 @@ ROUNDED_TOLERANCE = 0.03
 """The same when weights or activations were rounded to 16 bits somewhere between scoring and training."""
 CHECK_TOKENS = 4096
 """Response tokens that `ratio_check` looks at; it always takes at least one row."""
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """The rows of one optimizer step. Per row: prompt and response ids, and one number per response token.
-
-    `kept_tokens` counts the tokens that filter and masks kept in the step; 0 means there is nothing to learn from it.
-
-    Raises DataError naming the row: columns of different length, an empty prompt (nothing would predict the first
-    token), or coefficients although no token is kept.
-    """
-
-    step: int
-    prompt_ids: Sequence[Row]
-    response_ids: Sequence[Row]
-    old_logprob: Sequence[Values]
-    coefficient: Sequence[Values]
-    kept_tokens: int
-
-    def __post_init__(self) -> None:
-        columns = {"old_logprob": self.old_logprob, "coefficient": self.coefficient}
-        rows = len(self.response_ids)
-        for name, column in {"prompt_ids": self.prompt_ids, **columns}.items():
-            if len(column) != rows:
-                raise DataError(f"{name} has {len(column)} rows where response_ids has {rows}", where=self._where())
-        for i, response in enumerate(self.response_ids):
-            for name, column in columns.items():
-                if len(column[i]) != len(response):
-                    text = f"{name} has {len(column[i])} elements where response_ids has {len(response)}"
-                    raise DataError(text, where=self._where(i))
-            if not len(self.prompt_ids[i]):
-                raise DataError("the prompt has no token", where=self._where(i), fix="rollout.raw needs non-empty text")
-        total = sum(map(len, self.response_ids))
-        if not 0 <= self.kept_tokens <= total:
-            raise DataError(f"{self.kept_tokens} kept tokens of {total}", where=self._where(), fix="fire weigh RUN")
-        if not self.kept_tokens and any(np.any(np.asarray(c) != 0) for c in self.coefficient):
-            raise DataError(
-                "no token is kept, yet coefficients differ from 0", where=self._where(), fix="fire weigh RUN"
-            )
-
-    def _where(self, row: int | None = None) -> str:
-        return f"step {self.step}" if row is None else f"step {self.step}, row {row}"
 
 
 def train_step(
@@ -102,9 +59,11 @@ def train_step(
     Metrics: `loss`, `grad_norm` (before clipping), `lr`, `tokens` (response tokens of the step), `kept_tokens`,
     `skipped`, `seconds`, `tokens_per_second` (response tokens that went through the model); and over those tokens
     `ratio_mean_abs` (mean |log r|, nats), `ratio_max`, `drift_kl` (nats per token, see `ratio_statistics`) and
-    `clip_fraction` (of the tokens with a coefficient). A skipped step has None for all that was not computed.
+    `clip_fraction` (of the tokens with a coefficient). With a forward-KL term `loss` includes it and `fkl_loss` is that
+    term. A skipped step has None for all that was not computed.
 
     Raises:
+        DataError: a candidate of the teacher's top-k is no id the student can learn (see `topk_of`).
         TrainingError: the master weights have the wrong dtype, or loss or gradient norm is not finite; the optimizer
             was not called and weights and moments are as before.
     """
@@ -112,13 +71,15 @@ def train_step(
     _require_master_dtype(model, cfg)
     lr = learning_rate(global_step, cfg)
     metrics = {"lr": lr, "tokens": sum(map(len, batch.response_ids)), "kept_tokens": batch.kept_tokens}
+    second = ("fkl_loss",) if batch.fkl_coefficient is not None else ()
     if not batch.kept_tokens:
         names = ("loss", "grad_norm", "ratio_mean_abs", "ratio_max", "drift_kl", "clip_fraction", "tokens_per_second")
-        return metrics | dict.fromkeys(names) | {"skipped": True, "seconds": time.perf_counter() - started}
+        skipped = dict.fromkeys((*names, *second))
+        return metrics | skipped | {"skipped": True, "seconds": time.perf_counter() - started}
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
-    loss, statistics = _accumulate(model, head, batch, cfg, vocabulary)
+    loss, fkl_loss, statistics = _accumulate(model, head, batch, cfg, vocabulary)
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = float(nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf))
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -134,6 +95,7 @@ def train_step(
     tokens = statistics["tokens"]
     return metrics | {
         "loss": loss,
+        **dict.fromkeys(second, fkl_loss),
         "grad_norm": norm,
         "ratio_mean_abs": statistics["abs_log_ratio"] / max(tokens, 1),
         "ratio_max": statistics["max_ratio"],
@@ -180,8 +142,8 @@ def ratio_check(
         for group in micro_batches([_length(batch, i) for i in rows], cfg.tokens_per_microbatch):
             members = [rows[i] for i in group]
             lengths = [len(batch.response_ids[i]) for i in members]
-            logprob_T = _logprobs(model, head, batch, members, cfg, vocabulary).cpu().double()
-            now |= dict(zip(members, torch.split(logprob_T, lengths), strict=True))
+            logprob_T, _ = _logprobs(model, head, batch, members, cfg, vocabulary)
+            now |= dict(zip(members, torch.split(logprob_T.cpu().double(), lengths), strict=True))
     old = {i: torch.as_tensor(np.asarray(batch.old_logprob[i], dtype=np.float64)) for i in rows}
     direct = _mean([(now[i] - old[i]).abs() for i in rows])
     shifts = [  # per direction: shifted and unshifted over the same tokens
@@ -220,44 +182,68 @@ def ratio_tolerance(cfg: TrainConfig, *dtypes: str) -> float:
 
 def _accumulate(
     model: PreTrainedModel, head: Head, batch: StepBatch, cfg: TrainConfig, vocabulary: Vocabulary
-) -> tuple[float, dict[str, float]]:
-    """Leave the step's gradient in `.grad`; return its loss and the ratio statistics."""
+) -> tuple[float, float, dict[str, float]]:
+    """Leave the step's gradient in `.grad`; return its loss, the forward-KL part of it, and the ratio statistics."""
     rows = _contributing_rows(batch)
     losses: list[Tensor] = []
+    fkl_losses: list[Tensor] = []
     statistics: list[dict[str, Tensor]] = []
     with _training_mode(model, checkpointing=cfg.gradient_checkpointing):
         for group in micro_batches([_length(batch, i) for i in rows], cfg.tokens_per_microbatch):
             members = [rows[i] for i in group]
-            now_T = _logprobs(model, head, batch, members, cfg, vocabulary)
+            topk = topk_of(batch, members, vocabulary)
+            candidates_TK = None if topk is None else torch.from_numpy(topk.ids_TK)
+            now_T, now_TK = _logprobs(model, head, batch, members, cfg, vocabulary, candidates_TK)
             old_T = flatten([batch.old_logprob[i] for i in members], now_T.dtype).to(now_T.device)
             coefficient_T = flatten([batch.coefficient[i] for i in members], now_T.dtype).to(now_T.device)
             loss = surrogate_loss(now_T, old_T, coefficient_T, cfg.clip, dual_clip=cfg.dual_clip)
+            if topk is not None:
+                teacher_TK, fkl_T = (
+                    torch.from_numpy(x).to(now_TK.dtype).to(now_TK.device)
+                    for x in (topk.logprob_TK, topk.coefficient_T)
+                )
+                fkl_loss = forward_kl_loss(now_TK, teacher_TK, fkl_T, renormalise=bool(batch.fkl_renormalise))
+                fkl_losses.append(fkl_loss.detach())
+                loss = loss + fkl_loss
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             statistics.append(ratio_statistics(now_T, old_T, coefficient_T, cfg.clip))
-    return float(torch.stack(losses).cpu().double().sum()), add_statistics(statistics)
+    return _total(losses), _total(fkl_losses), add_statistics(statistics)
 
 
 def _logprobs(
-    model: PreTrainedModel, head: Head, batch: StepBatch, rows: list[int], cfg: TrainConfig, vocabulary: Vocabulary
-) -> Tensor:
-    """Logprob of every response token of these rows, packed row by row. The head sees response positions only."""
+    model: PreTrainedModel,
+    head: Head,
+    batch: StepBatch,
+    rows: list[int],
+    cfg: TrainConfig,
+    vocabulary: Vocabulary,
+    candidates_TK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logprob of every response token of these rows, packed row by row, and of the candidates in its place, [T, K].
+
+    The head sees response positions only, each once. Without candidates K is 0.
+    """
     device = next(model.parameters()).device
     prompts, responses = [batch.prompt_ids[i] for i in rows], [batch.response_ids[i] for i in rows]
     ids_BL, mask_BL = pad([np.concatenate([p, r]) for p, r in zip(prompts, responses, strict=True)])
     row_T, position_T = response_index([len(p) for p in prompts], [len(r) for r in responses])
-    ids_BL, mask_BL, row_T, position_T = (x.to(device) for x in (ids_BL, mask_BL, row_T, position_T))
+    wanted_TK = ids_BL[row_T, position_T + 1][:, None]
+    if candidates_TK is not None:
+        wanted_TK = torch.cat([wanted_TK, candidates_TK], 1)
+    ids_BL, mask_BL, row_T, position_T, wanted_TK = (
+        x.to(device) for x in (ids_BL, mask_BL, row_T, position_T, wanted_TK)
+    )
     with _autocast(device, cfg):
         hidden_TD = hidden_states(model, ids_BL, mask_BL)[row_T, position_T]
-        budget = cfg.logits_budget_mb * 2**20
-        return token_logprobs(hidden_TD, head, ids_BL[row_T, position_T + 1], vocabulary, budget)
+        logprob_TK = token_logprobs(hidden_TD, head, wanted_TK, vocabulary, cfg.logits_budget_mb * 2**20)
+    return logprob_TK[:, 0], logprob_TK[:, 1:]
 
 
 def _contributing_rows(batch: StepBatch) -> list[int]:
     """Rows with a coefficient other than 0; if there are none, the shortest, so that the gradient exists and is 0."""
-    rows = [i for i, c in enumerate(batch.coefficient) if np.any(np.asarray(c) != 0)]
     filled = [i for i, r in enumerate(batch.response_ids) if len(r)]
-    return rows or [min(filled, key=lambda i: _length(batch, i))]
+    return [i for i in filled if batch.contributes(i)] or [min(filled, key=lambda i: _length(batch, i))]
 
 
 def _first_rows(batch: StepBatch, max_tokens: int) -> list[int]:
@@ -281,6 +267,10 @@ def _misaligned(shifted: float, unshifted: float, tolerance: float) -> bool:
 
 def _length(batch: StepBatch, row: int) -> int:
     return len(batch.prompt_ids[row]) + len(batch.response_ids[row])
+
+
+def _total(parts: list[Tensor]) -> float:
+    return float(torch.stack(parts).cpu().double().sum()) if parts else 0.0
 
 
 def _mean(parts: list[Tensor]) -> float:

@@ -1,11 +1,13 @@
 """`fire.yaml` as frozen models: every number that changes a result has a name, a default and one line of why.
 
 Fields marked `perf` are recorded but do not enter a stage's fingerprint: they change speed or memory, not the result.
+Fields marked `addon` enter the fingerprints of the tables they add, not that of the table these belong to.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,8 @@ from .errors import ConfigError
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scope = Literal["trajectory", "group", "step", "round"]
 Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
-Normalise = Literal["none", "trajectory", "step", "round"]
+Addon = Literal["topk", "base", "pass-rate"]
+Normalise = Literal["none", "trajectory", "group", "step", "round"]
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # a folder under weights/, not a path
 _LARGEST = 100_000  # values in a fire.yaml, aliases counted as often as they are used
@@ -34,23 +37,28 @@ def _perf(default: Any, description: str, **kwargs: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"perf": True}, **kwargs)
 
 
+def _addon(default: Any, description: str, **kwargs: Any) -> Any:
+    """A field that changes addons to a stage's table alone: it enters their fingerprints, not the stage's."""
+    return Field(default, description=description, json_schema_extra={"addon": True}, **kwargs)
+
+
 class Section(BaseModel):
     """A frozen part of the configuration; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def results(self) -> dict[str, Any]:
-        """The fields that change a result, JSON-ready: what a fingerprint is made of."""
-        return self.model_dump(mode="json", exclude=self._performance_fields())
+        """The fields that change a stage's own result, JSON-ready: what its fingerprint is made of."""
+        return self.model_dump(mode="json", exclude=self._marked("perf") | self._marked("addon"))
 
     def performance(self) -> dict[str, Any]:
         """The fields that change speed or memory alone, JSON-ready: recorded beside the fingerprint."""
-        return self.model_dump(mode="json", include=self._performance_fields())
+        return self.model_dump(mode="json", include=self._marked("perf"))
 
     @classmethod
-    def _performance_fields(cls) -> set[str]:
+    def _marked(cls, mark: str) -> set[str]:
         extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
-        return {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("perf")}
+        return {name for name, extra in extras.items() if isinstance(extra, dict) and extra.get(mark)}
 
 
 class ModelConfig(Section):
@@ -112,6 +120,11 @@ class ScoreConfig(Section):
     teacher_prompt: Literal["shared", "own"] = _field(
         "shared", "shared: the teacher sees the student's prompt ids; own: the messages under its own chat template"
     )
+    add: tuple[Addon, ...] = _addon(
+        (), "further columns, each group in a table of its own: topk, base (base_logprob), pass-rate (of the teacher)"
+    )
+    topk: int = _addon(16, "most likely tokens of each model that topk stores per response token", ge=1)
+    pass_rate_samples: int = _addon(3, "answers of the teacher per prompt that pass-rate grades", ge=1)
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     tokens_per_batch: int = _perf(8192, "padded tokens per forward pass", ge=1)
 
@@ -211,6 +224,9 @@ class Config(Section):
     threads: int | None = _perf(None, "CPU threads; bytes repeat only for an equal number; null: torch's default", ge=1)
     student: ModelConfig
     teacher: ModelConfig | None = None
+    base: ModelConfig | None = _field(
+        None, "Reference model of base_logprob (score.add: [base]); null: the given student"
+    )
     prompts: PromptsConfig = PromptsConfig()
     verify: VerifyConfig = VerifyConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -230,8 +246,10 @@ class Config(Section):
     def weights_name(self) -> str:
         """The folder under `weights/` that `weigh` writes."""
         rule = self.weigh.rule
-        named = isinstance(rule, str) and "=" not in rule
-        return self.weigh.name or (str(rule) if named else "expression")
+        if self.weigh.name or not isinstance(rule, str) or "=" in rule:
+            return self.weigh.name or "expression"
+        # A rule of a file, `path/mine.py:Sharp` or `path/mine.py`, is called by its class, else by its file.
+        return re.sub(r"[^+]*?([\w-]+)\.py(?::(\w+))?(?=\+|$)", lambda m: (m[2] or m[1]).lower(), rule)
 
     @property
     def trained_weights(self) -> str:
@@ -367,14 +385,16 @@ def render_config(values: dict[str, Any]) -> str:
     for name, field in Config.model_fields.items():
         given = values.get(name)
         section = _section_of(field.annotation)
+        about = field.description or (section.__doc__ if section else "") or ""
         if given is None and section is not None and section is not field.annotation:
-            lines += ["", f"# {(section.__doc__ or '').strip()} null: none; else keys as for the others."]
+            none = f"{about};" if field.description else f"{about} null: none;"
+            lines += ["", f"# {none} else keys as for the others."]
             lines.append(f"{name}: null")
             continue
         if section is None:
             lines.append(_line(name, field.default if given is None else given, field.description, ""))
             continue
-        lines += ["", f"# {(section.__doc__ or '').strip()}", f"{name}:"]
+        lines += ["", f"# {about}", f"{name}:"]
         for key, sub in section.model_fields.items():
             default = None if sub.is_required() else sub.default
             lines.append(_line(key, (given or {}).get(key, default), sub.description, "  "))

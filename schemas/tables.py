@@ -1,13 +1,17 @@
 """The tables as pyarrow schemas with units in field metadata, and `conform()`, which names the row and column at fault.
 
 One row per trajectory. Token columns are lists with one element per token of `response_ids`; logprobs and entropies
-are in nats, over the full real vocabulary. `FORMAT` is written into every file; newer code reads older formats.
+are in nats, over the full real vocabulary; the top-k columns have a list of k per token. `FORMAT` is written into every
+file; newer code reads older formats.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -19,6 +23,8 @@ _TEXT, _I32, _F32, _F64, _BOOL = pa.string(), pa.int32(), pa.float32(), pa.float
 MESSAGES = pa.list_(pa.struct([pa.field("role", _TEXT), pa.field("content", _TEXT)]))
 IDS = pa.list_(pa.int32())
 FLOATS = pa.list_(pa.float32())
+ID_LISTS = pa.list_(IDS)
+FLOAT_LISTS = pa.list_(FLOATS)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,27 @@ WEIGHTS = (
     _token("coefficient", "what the trainer executes: weight, advantage, masks and denominator", "nats / denominator"),
     _token("token_keep", "false: token masked by the rule", "", pa.list_(_BOOL), optional=True),
     _token("rollout_is", "min(exp(student_logprob - rollout_logprob), cap)", "factor", optional=True),
+    _token(
+        "fkl_coefficient",
+        "coefficient of the forward-KL term on the teacher's top-k",
+        "1 / denominator",
+        optional=True,
+    ),
 )
+
+# Columns added to scores on request, each group in a table of its own, row by row like the scores.
+ADDONS: dict[str, tuple[Column, ...]] = {
+    "topk": (
+        _token("student_topk_ids", "the k most likely tokens of p_S, best first", "token id", ID_LISTS),
+        _token("student_topk_logprobs", "their log p_S", "nats", FLOAT_LISTS),
+        _token("teacher_topk_ids", "the k most likely tokens of p_T, best first", "token id", ID_LISTS),
+        _token("teacher_topk_logprobs", "their log p_T", "nats", FLOAT_LISTS),
+        _token("teacher_logprob_on_student_topk", "log p_T of student_topk_ids", "nats", FLOAT_LISTS),
+        _token("student_logprob_on_teacher_topk", "log p_S of teacher_topk_ids", "nats", FLOAT_LISTS),
+    ),
+    "base": (_token("base_logprob", "log p of the sampled token under the reference model"),),
+    "pass-rate": (_row("teacher_pass_rate", _F32, "share of the teacher's own answers that are right", "0 to 1"),),
+}
 
 EVALS = (
     _row("prompt_id", _TEXT, "held-out prompt"),
@@ -145,7 +171,16 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "scores": SCORES,
     "weights": WEIGHTS,
     "evals": EVALS,
+    **{
+        f"addons/{name}": (_row("trajectory_id", _TEXT, "the row of scores this belongs to"), *columns)
+        for name, columns in ADDONS.items()
+    },
 }
+
+
+def addon_of(column: str) -> str | None:
+    """The addon that holds a column, as `fire score RUN --add` takes it; None for columns of other tables."""
+    return next((name for name, columns in ADDONS.items() if column in [c.name for c in columns]), None)
 
 
 def arrow_schema(table: str) -> pa.Schema:
@@ -156,8 +191,8 @@ def arrow_schema(table: str) -> pa.Schema:
 def conform(data: pa.Table, table: str, where: str) -> pa.Table:
     """Return `data` with exactly the columns, order and types of `table`, or raise DataError naming row and column.
 
-    Checked: required columns, types, nulls, token columns as long as `response_ids` (or as `weight`, which stands
-    for it in the weights table), and floats that are not finite.
+    Checked: required columns, types, nulls, token columns as long as `response_ids` (or as the first of them, which
+    stands for it in tables without), floats that are not finite, and that the lists of a top-k row have one length.
     """
     columns = [c for c in TABLES[table] if c.name in data.column_names or not c.optional]
     twice = [c.name for c in columns if data.column_names.count(c.name) > 1]
@@ -197,17 +232,46 @@ def _column(data: pa.Table, column: Column, where: str) -> pa.ChunkedArray:
 
 
 def _check_values(array: pa.ChunkedArray, column: Column, where: str) -> None:
-    """No null and no NaN or infinity inside a list column."""
+    """No null and no NaN or infinity inside a list column; the lists in a row of lists of lists have one length."""
     flat = pc.list_flatten(array)
     bad = pc.is_null(flat)
-    if pa.types.is_floating(flat.type):
+    what = None
+    if pa.types.is_list(flat.type):
+        bad, what = _bad_lists(array, flat, bad)
+    elif pa.types.is_floating(flat.type):
         bad = pc.or_(bad, pc.fill_null(pc.invert(pc.is_finite(flat)), True))
     if pc.any(bad).as_py():
         at = pc.index(bad, True).as_py()
         row = pc.list_parent_indices(array)[at].as_py()
         start = sum(len(x) for x in array.slice(0, row).to_pylist() if x is not None)
-        text = f"column {column.name!r} holds {flat[at].as_py()} at token {at - start}"
+        value = what(at) if what else flat[at].as_py()
+        text = f"column {column.name!r} holds {value} at token {at - start}"
         raise DataError(text, where=f"{where}, row {row}")
+
+
+def _bad_lists(
+    array: pa.ChunkedArray, flat: pa.ChunkedArray, bad: pa.ChunkedArray
+) -> tuple[pa.ChunkedArray, Callable[[int], object]]:
+    """Which of the lists in a column of lists of lists hold no number or are of another length than the row's first."""
+    numbers = pc.list_flatten(flat)
+    wrong = pc.is_null(numbers)
+    if pa.types.is_floating(numbers.type):
+        wrong = pc.or_(wrong, pc.fill_null(pc.invert(pc.is_finite(numbers)), True))
+    parents = pc.list_parent_indices(flat).filter(wrong)
+    mask = np.zeros(len(flat), dtype=np.bool_)
+    mask[parents.to_numpy()] = True
+    lengths = pc.fill_null(pc.list_value_length(flat), 0).to_numpy()
+    counts = pc.fill_null(pc.list_value_length(array), 0).to_numpy()
+    starts = np.cumsum(counts) - counts
+    first = np.repeat(lengths[starts[counts > 0]], counts[counts > 0])
+
+    def what(at: int) -> object:
+        values = flat[at].as_py()
+        if values is None or mask[at]:
+            return next((v for v in values or [None] if v is None or not math.isfinite(v)), None)
+        return f"{len(values)} numbers where the row's first token has {first[at]}"
+
+    return pc.or_(bad, pa.chunked_array([pa.array(mask | (lengths != first))])), what
 
 
 def _check_lengths(data: pa.Table, columns: list[Column], where: str) -> None:

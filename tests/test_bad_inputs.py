@@ -165,8 +165,8 @@ def test_an_engine_that_returns_no_number_is_stopped_before_it_is_written(
     assert fire("rollout", run.root).code == 0
     real = FakeScorer.score
 
-    def score(self: FakeScorer, rollouts: pa.Table, progress: Any = None) -> pa.Table:
-        table = real(self, rollouts, progress)
+    def score(self: FakeScorer, rollouts: pa.Table, progress: Any = None, **columns: Any) -> pa.Table:
+        table = real(self, rollouts, progress, **columns)
         rows = table["teacher_entropy"].to_pylist()
         rows[1][0] = np.nan
         at = table.column_names.index("teacher_entropy")

@@ -26,7 +26,7 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    assert SCRIPTS == ["cli", "rollout", "score", "train", "weigh"]
+    assert SCRIPTS == ["cli", "rollout", "rules", "score", "train", "weigh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

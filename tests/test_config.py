@@ -149,6 +149,8 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
             "seed": st.integers(0, 2**40),
             "threads": st.none() | st.integers(1, 8),
             "teacher": st.none() | st.fixed_dictionaries({"model": TEXT}),
+            "base": st.none() | st.fixed_dictionaries({"model": TEXT}),
+            "score": st.fixed_dictionaries({}, optional={"add": st.lists(st.sampled_from(["topk", "base"]))}),
             "prompts": st.fixed_dictionaries({"path": TEXT}),
             "verify": st.fixed_dictionaries({"pattern": st.none() | TEXT}),
             "train": st.fixed_dictionaries(
@@ -176,7 +178,7 @@ def test_a_written_configuration_reads_back_equal(values: dict[str, Any]) -> Non
 
 
 def test_every_field_of_a_written_configuration_is_there_once_and_explained() -> None:
-    text = render_config({"student": {"model": "m"}, "teacher": {"model": "t"}})
+    text = render_config({"student": {"model": "m"}, "teacher": {"model": "t"}, "base": {"model": "b"}})
     tree = yaml.safe_load(text)
     lines = text.splitlines()
     for name, field in Config.model_fields.items():
@@ -210,11 +212,14 @@ def other_value(model: type[BaseModel], name: str, value: Any) -> Any:
     if typing.get_origin(kind) is dict:
         return {"some": 1}
     assert typing.get_origin(kind) is tuple
+    inner = typing.get_args(kind)[0]
+    if typing.get_origin(inner) is typing.Literal:
+        return (*value, typing.get_args(inner)[0])
     return tuple(v / 2 for v in value) if isinstance(value[0], float) else (1, 2)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_field_changes_the_fingerprint_unless_it_is_declared_to_change_only_speed(section: str) -> None:
+def test_a_field_changes_the_fingerprint_unless_it_is_declared_to_change_speed_or_addons_alone(section: str) -> None:
     model = SECTIONS[section]
     base: dict[str, Any] = {"model": "m"} if "model" in model.model_fields else {}
     if section == "train":
@@ -227,22 +232,30 @@ def test_a_field_changes_the_fingerprint_unless_it_is_declared_to_change_only_sp
         changed = model(**{**base, name: other_value(model, name, getattr(start, name))})
         assert isinstance(changed, Section)
         assert getattr(changed, name) != getattr(start, name), name
-        perf = isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("perf"))
-        assert (digest(changed.results()) == digest(start.results())) == perf, name
+        assert (digest(changed.results()) == digest(start.results())) == bool(field.json_schema_extra), name
 
 
-def test_speed_fields_are_these_and_no_others() -> None:
-    perf = {
+def marked(mark: str) -> set[str]:
+    """The fields declared `perf` or `addon`."""
+    return {
         f"{s}.{n}"
         for s, m in SECTIONS.items()
         for n, f in m.model_fields.items()
-        if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get("perf")
+        if isinstance(f.json_schema_extra, dict) and f.json_schema_extra.get(mark)
     }
-    assert perf == {
-        "student.device", "teacher.device", "prompts.path", "rollout.rows_in_flight", "score.logits_budget_mb",
-        "score.tokens_per_batch", "train.save_every", "train.tokens_per_microbatch", "train.logits_budget_mb",
+
+
+def test_speed_fields_are_these_and_no_others() -> None:
+    assert marked("perf") == {
+        "student.device", "teacher.device", "base.device", "prompts.path", "rollout.rows_in_flight",
+        "score.logits_budget_mb", "score.tokens_per_batch", "train.save_every", "train.tokens_per_microbatch",
+        "train.logits_budget_mb",
         "train.gradient_checkpointing", "train.device", "eval.prompts",
     }  # fmt: skip
+
+
+def test_fields_of_addons_are_these_and_no_others() -> None:
+    assert marked("addon") == {"score.add", "score.topk", "score.pass_rate_samples"}
 
 
 def test_weights_are_named_after_their_rule_unless_that_is_an_expression() -> None:

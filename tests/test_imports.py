@@ -20,8 +20,12 @@ HEAVY = ("torch", "polars", "transformers", "pyarrow", "numpy", "vllm", "hugging
 LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
-        "schedule", "sampling", "verify", "frames", "vocabulary", "signals", "loss", "packing", "weighing", "rules",
-        "rules.base", "rules.fire", "rules.controls", "rules.expression",
+        "schedule", "sampling", "verify", "frames", "vocabulary", "signals", "topk", "loss", "packing", "batch",
+        "weighing", "rules", "rules.base", "rules.tokens", "rules.statistics", "rules.evaluate", "rules.compose",
+        "rules.own", "rules.fire", "rules.controls", "rules.repairs", "rules.filters", "rules.weights", "rules.masks",
+        "rules.advantages", "rules.candidates", "rules.topk", "rules.forward_kl", "rules.expression",
+        "diagnose", "diagnose.auroc", "diagnose.checks", "diagnose.finding", "diagnose.measure", "diagnose.premise",
+        "diagnose.responses", "diagnose.signals", "compare", "compare.asked", "compare.plot", "compare.tally",
     ),
     "storage and engines": (
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
@@ -30,9 +34,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",
+        "steps.inputs", "steps.columns", "steps.passrate", "steps.diagnose", "steps.compare",
         "demo", "demo.tasks", "demo.world", "demo.arms", "demo.curve",
     ),
-    "cli": ("cli", "cli.app", "cli.errors", "cli.inspect", "cli.terminal"),
+    "cli": (
+        "cli", "cli.app", "cli.errors", "cli.inspect", "cli.terminal", "cli.rules", "cli.diagnose", "cli.compare",
+    ),
 }  # fmt: skip
 PURE_MAY_NOT = {"os", "time", "logging", "pathlib", "random", "datetime", "socket", "subprocess", "uuid", "secrets"}
 

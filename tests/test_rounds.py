@@ -281,7 +281,7 @@ def test_redo_of_a_rule_without_finite_numbers_moves_nothing(make_run: MakeRun, 
     run = make_run(tmp_path / "run")
     refresh(Session(run), 1)
     broken = fd.open_run(run.root, ("weigh.rule={weight: 1 / (student_entropy * 0)}", "weigh.name=fire"))
-    with pytest.raises(DataError, match=r"holds (inf|nan)"):
+    with pytest.raises(DataError, match="not finite"):
         weigh(broken, 0, redo=True)
     assert sealed(run.part("checkpoints", 0)).sealed
     assert run.weights("fire", 0).collect().height

@@ -262,7 +262,7 @@ def test_expression_takes_polars_expressions_from_python() -> None:
 @pytest.mark.parametrize(
     ("rule", "params", "message"),
     [
-        ("fier", {}, "did you mean 'fire'"),
+        ("fier", {}, "did you mean .*'fire'"),
         ("fire", {"percentil": 3}, "did you mean 'percentile'"),
         ("fire", {"percentile": 101}, "between 0 and 100"),
         ("fire", {"percentile": "many"}, "percentile"),
@@ -321,26 +321,27 @@ def test_step_in_which_nothing_is_kept_has_zero_coefficients() -> None:
     assert set(_flat(mine["coefficient"])) == {0.0}
 
 
-@pytest.mark.parametrize("rule", [*sorted(set(RULES) - {"expression"}), "weight = 1 + teacher_entropy"])
+@pytest.mark.parametrize("rule", ["fire", "fire-paper", "random", "uniform", "weight = 1 + teacher_entropy"])
 def test_weights_do_not_depend_on_how_rows_are_cut_into_shards(rule: str) -> None:
     frame = _random_frame(30, seed=7).with_columns(sample=pl.Series([i % 2 for i in range(30)], dtype=pl.Int32))
     weighing_ = Weighing(make_rule(rule), batch_size=8, samples_per_group=2)
-    whole = weighing.prepare(frame.lazy(), weighing_)
-    fitted = weighing.fit(whole, weighing_)
-    fitted = weighing.Fitted(json.loads(json.dumps(fitted.stats)), json.loads(json.dumps(fitted.steps)))
-    expected = weighing.apply(whole, weighing_, fitted).collect()
+    prepared = weighing.prepare(frame.lazy(), weighing_)
+    expected = _weighed(weighing.Pieces(prepared), weighing_)
     for size in (2, 6, 10):
-        pieces = [
-            weighing.apply(weighing.prepare(frame.slice(a, size).lazy(), weighing_, a), weighing_, fitted).collect()
-            for a in range(0, 30, size)
-        ]
-        assert pl.concat(pieces).equals(expected)
+        assert _weighed(weighing.Pieces(prepared, size), weighing_).equals(expected)
+
+
+def _weighed(table: weighing.Table, weighing_: Weighing) -> pl.DataFrame:
+    fitted = weighing.fit(table, weighing_)
+    fitted = weighing.Fitted(json.loads(json.dumps(fitted.stats)), json.loads(json.dumps(fitted.steps)))
+    return pl.concat([weighing.apply(table, i, weighing_, fitted) for i in range(len(table))])
 
 
 def test_statistics_are_the_same_bits_every_time() -> None:
     frame = _random_frame(3000, seed=11, longest=40)
     rule = Weighing(make_rule("fire", scope="round"))
-    found = {json.dumps(weighing.fit(weighing.prepare(frame.lazy(), rule), rule).stats) for _ in range(5)}
+    table = weighing.Pieces(weighing.prepare(frame.lazy(), rule), 1000)
+    found = {json.dumps(weighing.fit(table, rule).stats) for _ in range(5)}
     assert len(found) == 1
 
 
@@ -350,9 +351,9 @@ def test_group_rule_refuses_a_batch_that_splits_groups() -> None:
 
 
 def test_summary_reports_effective_sample_size_and_drops() -> None:
-    mine = fd.weigh(_random_frame(40, seed=12), "fire").with_columns(length=pl.col("weight").list.len())
-    stats = weighing.merge_summaries([weighing.summarise(mine)])
-    rows = mine.collect().filter("keep")
+    mine = fd.weigh(_random_frame(40, seed=12), "fire").collect()
+    stats = weighing.merge_summaries([weighing.summarise(mine, mine["weight"].list.len())])
+    rows = mine.filter("keep")
     weights = _flat(rows["weight"])
     assert stats["n_dropped"] == 40 - len(rows)
     assert stats["effective_sample_share"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum() / len(weights))
@@ -365,7 +366,7 @@ def test_every_rule_describes_itself(name: str) -> None:
     described = describe_rule(name)
     assert described["formula"]
     assert described["believes"]
-    assert described["needs"]
+    assert described["scope"]
     assert json.dumps(described, default=str)
 
 

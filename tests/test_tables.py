@@ -8,7 +8,17 @@ import pyarrow as pa
 import pytest
 
 from fire_data.schemas.errors import DataError
-from fire_data.schemas.tables import FLOAT_SIGNALS, FORMAT, TABLES, Column, arrow_schema, conform
+from fire_data.schemas.tables import (
+    ADDONS,
+    FLOAT_LISTS,
+    FLOAT_SIGNALS,
+    FORMAT,
+    TABLES,
+    Column,
+    addon_of,
+    arrow_schema,
+    conform,
+)
 
 ROWS = 4
 
@@ -19,6 +29,8 @@ def example(column: Column, length: int) -> Any:
         if pa.types.is_struct(column.type.value_type):
             return [{"role": "user", "content": "hello"}]
         inner = column.type.value_type
+        if pa.types.is_list(inner):
+            return [[1, 2] if inner.value_type == pa.int32() else [-0.5, -1.5]] * length
         return [True if inner == pa.bool_() else 1 if inner == pa.int32() else -0.5] * length
     return {"string": "text", "int32": 1, "float": 1.0, "double": 1.0, "bool": True}[str(column.type)]
 
@@ -88,6 +100,43 @@ def test_a_number_that_is_not_finite_is_named_with_row_column_and_token(
         conform(data, "scores", "scores round-000, shard 00000")
     assert caught.value.where == "scores round-000, shard 00000, row 3"
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize(
+    ("lists", "words"),
+    [
+        ([[-0.5, -1.0], [-0.5, float("nan")]], "holds nan"),
+        ([[-0.5, -1.0], [float("-inf"), -1.0]], "holds -inf"),
+        ([[-0.5, -1.0], [-0.5, None]], "holds None"),
+        ([[-0.5, -1.0], None], "holds None"),
+        ([[-0.5, -1.0], [-0.5]], "holds 1 numbers where the row's first token has 2"),
+        ([[-0.5, -1.0], []], "holds 0 numbers where the row's first token has 2"),
+    ],
+)
+def test_a_wrong_list_among_the_lists_of_a_row_is_named_with_row_column_and_token(
+    lists: list[Any], words: str, chunks: bool
+) -> None:
+    values: list[Any] = [[[-0.5, -1.0]] * (2 + i) for i in range(ROWS)]
+    values[0], values[1] = [], [[-3.0]] * 3  # a row without tokens, and one with another k: both are right
+    values[2][2:] = lists
+    data = table("addons/topk")
+    for column in ADDONS["topk"]:
+        others = [[[1, 2]] * len(row) for row in values]
+        data = data.set_column(data.column_names.index(column.name), column.name, pa.array(others, column.type))
+    array = pa.array(values, FLOAT_LISTS)
+    parts = pa.chunked_array([array[:1], array[1:]] if chunks else [array])
+    data = data.set_column(data.column_names.index("teacher_topk_logprobs"), "teacher_topk_logprobs", parts)
+    with pytest.raises(DataError, match=f"column 'teacher_topk_logprobs' {words} at token 3") as caught:
+        conform(data, "addons/topk", "x")
+    assert caught.value.where == "x, row 2"
+
+
+def test_every_column_of_an_addon_names_the_addon_and_no_other_column_does() -> None:
+    for name, columns in ADDONS.items():
+        assert [c.name for c in TABLES[f"addons/{name}"]] == ["trajectory_id", *(c.name for c in columns)]
+        assert {addon_of(c.name) for c in columns} == {name}
+    assert {addon_of(c.name) for t in ("rollouts", "scores", "weights") for c in TABLES[t]} == {None}
 
 
 def test_a_number_per_row_must_be_finite_too() -> None:

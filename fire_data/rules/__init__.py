@@ -1,83 +1,150 @@
-"""The rules by name: published presets, controls and free expressions, made from plain parameters with checks."""
+"""The rules by name: published forms, repairs, controls and your own, made from plain parameters with checks."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from fire_data.rules.base import Rule, Stats
-from fire_data.rules.controls import Random, Uniform
+from fire_data.rules import (
+    advantages,
+    controls,
+    expression,
+    filters,
+    fire,
+    forward_kl,
+    masks,
+    own,
+    repairs,
+    topk,
+    weights,
+)
+from fire_data.rules.base import Parts, Rule, RuleEntry, Statistic, Stats, WeightRule, plain_advantage, top
+from fire_data.rules.compose import Composite
+from fire_data.rules.controls import Uniform
 from fire_data.rules.expression import PARTS, Expression
-from fire_data.rules.fire import Fire
+from fire_data.schemas.config import Denominator, Normalise, Scope
 from fire_data.schemas.errors import ConfigError
+from fire_data.schemas.tables import addon_of
 
-__all__ = ["RULES", "Expression", "Rule", "RuleEntry", "Stats", "Uniform", "describe_rule", "make_rule"]
-
-
-class RuleEntry(NamedTuple):
-    """A name users can give: a class, and the parameters this name presets."""
-
-    cls: type[Rule]
-    preset: dict[str, Any]
-    what: str
-
-
-_ALL_STEP = {"filter_scope": "step", "max_scope": "step", "mean_scope": "step", "denominator": "tokens"}
-_PAPER = {"filter_scope": "step", "max_scope": "step", "mean_scope": "trajectory", "denominator": "tokens"}
-_RELEASED = {
-    "filter_scope": "trajectory",
-    "max_scope": "trajectory",
-    "mean_scope": "trajectory",
-    "denominator": "sequences",
-}
+__all__ = [
+    "RULES", "Composite", "Expression", "Parts", "Rule", "RuleEntry", "Statistic", "Stats", "Uniform", "WeightRule",
+    "describe_rule", "entry_of", "make_rule", "plain_advantage", "rule_names", "top",
+]  # fmt: skip
 
 RULES: dict[str, RuleEntry] = {
-    "uniform": RuleEntry(Uniform, {}, "plain on-policy distillation"),
-    "fire": RuleEntry(Fire, _ALL_STEP, "every statistic over the step: the reference function given the whole batch"),
-    "fire-paper": RuleEntry(Fire, _PAPER, "as printed: filter and maxima over the step, mean weight per trajectory"),
-    "fire-released": RuleEntry(Fire, _RELEASED, "what the released scripts compute: the filter is inert"),
-    "random": RuleEntry(Random, {}, "random drops at the token budget of another rule"),
-    "expression": RuleEntry(Expression, {}, "keep, weight, advantage, token_keep as expressions"),
-}
+    **controls.ENTRIES, **fire.ENTRIES, **repairs.ENTRIES, **filters.ENTRIES, **weights.ENTRIES, **masks.ENTRIES,
+    **advantages.ENTRIES, **topk.ENTRIES, **forward_kl.ENTRIES, **expression.ENTRIES,
+}  # fmt: skip
+"""The rules that come with the package; others are found by `entry_of`."""
 
 
 def make_rule(
     rule: str | Mapping[str, Any] | Rule, params: Mapping[str, Any] | None = None, scope: str | None = None
 ) -> Rule:
-    """A rule from its name, from a mapping of expressions, or as it is. `scope` sets all its scopes at once.
+    """A rule from what users write, with checks. `scope` sets all its scopes at once.
 
-    Raises ConfigError for an unknown name, parameter or value, with the nearest match.
+    `rule` is a name, names joined with `+`, `file.py:Class`, expressions as text ('weight = ...; keep = ...') or as a
+    mapping, or a rule as it is. Parameters of a component are called `name.parameter`; the name may be left out where
+    only one component has it. Raises ConfigError for an unknown name, parameter or value, with the nearest match.
     """
     params = dict(params or {})
     if isinstance(rule, Rule):
         return dataclasses.replace(rule, **params) if params else rule
     if isinstance(rule, Mapping):
-        params, rule = {**rule, **params}, "expression"
-    elif rule not in RULES and "=" in rule:
-        params, rule = {**_parse_parts(rule), **params}, "expression"
-    if rule not in RULES:
-        near = difflib.get_close_matches(rule, RULES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f"; there are: {', '.join(RULES)}"
-        raise ConfigError(f"there is no rule {rule!r}{hint}", fix="fire rules")
-    entry = RULES[rule]
-    known = {f.name for f in dataclasses.fields(entry.cls)}
-    scopes = {name: scope for name in known if name == "scope" or name.endswith("_scope")} if scope else {}
-    if scope and not scopes:
-        raise ConfigError(f"rule {rule!r} has no statistics, so no scope", fix="leave weigh.scope out")
-    for name in params:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(sorted(known))}"
-            raise ConfigError(f"rule {rule!r} has no parameter {name!r}{hint}", fix=f"fire rules {rule}")
-    made = _validated(entry.cls, {**entry.preset, **scopes, **params}, rule)
+        return _make("expression", {**rule, **params}, scope)
+    if "=" in rule and rule not in RULES:
+        return _make("expression", {**_parse_parts(rule), **params}, scope)
+    names = own.split(rule)
+    return _make(names[0], params, scope) if len(names) == 1 else _composite(names, params, scope)
+
+
+def entry_of(name: str) -> RuleEntry:
+    """The entry of a built-in rule, of an installed one (entry point `fire.rules`), or of `file.py:Class`.
+
+    Raises ConfigError for an unknown name, or a file or class that is no rule.
+    """
+    if own.is_file(name):
+        return own.from_file(name)
+    if name in RULES:
+        return RULES[name]
+    installed = own.installed()
+    if name in installed:
+        return own.load_installed(name)
+    known = [*RULES, *installed]
+    near = difflib.get_close_matches(name, known, n=2)
+    hint = f", did you mean {' or '.join(map(repr, near))}?" if near else f"; there are: {', '.join(known)}"
+    raise ConfigError(f"there is no rule {name!r}{hint}", fix="fire rules")
+
+
+def _make(name: str, params: dict[str, Any], scope: str | None, need_scope: bool = True) -> Rule:
+    entry = entry_of(name)
+    known = _parameters(entry)
+    scopes = {n: scope for n in known if n == "scope" or n.endswith("_scope")} if scope else {}
+    if scope and not scopes and need_scope:
+        raise ConfigError(f"rule {name!r} has no statistics, so no scope", fix="leave weigh.scope out")
+    for given in params:
+        if given not in known:
+            raise _no_parameter(name, given, known)
+    made = _validated(entry.cls, {**entry.preset, **scopes, **params}, name)
     if isinstance(made, Expression) and all(getattr(made, part) is None for part in PARTS):
         fix = "--rule 'weight = 1 + teacher_entropy; keep = length > 3'"
         raise ConfigError(f"the rule expression needs one of {', '.join(PARTS)}", fix=fix)
+    own.examine(made, name)
     return made
+
+
+def _composite(names: list[str], params: dict[str, Any], scope: str | None) -> Composite:
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is there twice", where=f"rule {'+'.join(names)}", fix="name each rule once")
+    own_params = {"normalise", "normalise_over", "denominator"}
+    outer = {k: v for k, v in params.items() if k in own_params}
+    labels = {entry_of(n).cls.name if own.is_file(n) else n: n for n in names}
+    inner: dict[str, dict[str, Any]] = {n: {} for n in labels}
+    for key, value in params.items():
+        if key not in own_params:
+            label, parameter = _owner(key, labels)
+            inner[label][parameter] = value
+    rules = tuple(_make(n, inner[label], scope, need_scope=False) for label, n in labels.items())
+    denominators = {r.denominator for r in rules} - {"tokens"}
+    if len(denominators) > 1 and "denominator" not in outer:
+        text = f"its parts have different denominators: {', '.join(sorted(denominators))}"
+        raise ConfigError(text, where=f"rule {'+'.join(names)}", fix="-p denominator=tokens")
+    values = {"denominator": next(iter(denominators), "tokens"), **outer}
+    made = _validated(Composite, {"rules": rules, "names": tuple(labels), **values}, "+".join(labels))
+    assert isinstance(made, Composite)
+    return made
+
+
+def _owner(key: str, labels: dict[str, str]) -> tuple[str, str]:
+    """Which component a parameter belongs to: `fire.percentile`, or `percentile` if only one component has it."""
+    prefix, dot, parameter = key.rpartition(".")
+    if dot and prefix in labels:
+        return prefix, parameter
+    having = [label for label, n in labels.items() if key in _parameters(entry_of(n))]
+    if len(having) == 1:
+        return having[0], key
+    if having:
+        fix = f"-p {having[0]}.{key}=VALUE"
+        raise ConfigError(f"{' and '.join(having)} both have a parameter {key!r}", fix=fix)
+    known = [f"{label}.{p}" for label, n in labels.items() for p in _parameters(entry_of(n))]
+    raise _no_parameter("+".join(labels), key, known)
+
+
+def _parameters(entry: RuleEntry) -> list[str]:
+    return [f.name for f in dataclasses.fields(entry.cls)]
+
+
+def _no_parameter(rule: str, name: str, known: list[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; it has: {', '.join(sorted(known))}"
+    return ConfigError(f"rule {rule!r} has no parameter {name!r}{hint}", fix=f"fire rules {rule}")
 
 
 def _validated(cls: type[Rule], values: dict[str, Any], name: str) -> Rule:
@@ -106,14 +173,43 @@ def _parse_parts(text: str) -> dict[str, str]:
 def describe_rule(name: str) -> dict[str, Any]:
     """Everything `fire rules NAME` shows, JSON-ready. Raises ConfigError for an unknown name."""
     rule = Expression() if name == "expression" else make_rule(name)
-    cls = RULES[name].cls
+    parts = rule.components
+    names = own.split(name)
+    entries = [entry_of(n) for n in names]
+    documents = [inspect.getdoc(type(r)) or "" for r in parts]
     return {
         "name": name,
-        "what": RULES[name].what,
-        "formula": " ".join((cls.__doc__ or "").split()),
-        "paper": f"arXiv {cls.paper}" if cls.paper else "",
-        "believes": cls.belief,
-        "needs": list(cls.needs),
-        "goes_stale": cls.goes_stale,
-        "parameters": {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)},
+        "what": entries[0].what if len(parts) == 1 else "all of: " + ", ".join(names),
+        "changes": list(rule.changes) or ["nothing"],
+        "formula": "\n\n".join(d if len(parts) == 1 else f"{n}: {d}" for n, d in zip(names, documents, strict=True)),
+        "paper": list(dict.fromkeys(p for e, r in zip(entries, parts, strict=True) if (p := e.paper or r.paper))),
+        "believes": "; ".join(r.belief for r in parts if r.belief),
+        "needs": list(rule.columns),
+        "adds": _beyond_scores(rule),
+        "scope": list(rule.scopes) or ["token"],
+        "stale": rule.goes_stale,
+        "parameters": [
+            {"name": f"{n}.{f.name}" if len(parts) > 1 else f.name, "value": getattr(r, f.name), "type": _choices(f)}
+            for n, r in zip(names, parts, strict=True)
+            for f in dataclasses.fields(r)
+        ],
     }
+
+
+def _choices(field: dataclasses.Field[Any]) -> str:
+    """The type of a parameter in words: what it may be."""
+    words = str(field.type)
+    for name, literal in (("Scope", Scope), ("Denominator", Denominator), ("Normalise", Normalise)):
+        words = re.sub(rf"\b{name}\b", " | ".join(get_args(literal)), words)
+    return re.sub(r"Literal\[([^\]]*)\]", lambda m: m[1].replace(", ", " | ").replace("'", "").replace('"', ""), words)
+
+
+def rule_names() -> list[str]:
+    """The built-in rules and those that installed packages offer."""
+    return list(dict.fromkeys([*RULES, *own.installed()]))
+
+
+def _beyond_scores(rule: Rule) -> list[str]:
+    """What must be there beside the scores: rewards, or columns that `fire score --add` stores."""
+    found = (addon_of(c) or ("reward" if c == "reward" else None) for c in rule.columns)
+    return list(dict.fromkeys(f for f in found if f is not None))

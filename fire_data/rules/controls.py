@@ -5,14 +5,13 @@ A rule that beats `uniform` may only have trained on fewer tokens; `random` at t
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import polars as pl
 
-from fire_data.rules.base import STEP, Rule, Stats, from_stats, ones, plain_advantage
+from fire_data.rules.base import STEP, Parts, Rule, RuleEntry, Stats, chance
 from fire_data.schemas.errors import ConfigError
 
 
@@ -23,12 +22,9 @@ class Uniform(Rule):
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "2306.13649"
     belief: ClassVar[str] = "every token of every trajectory is worth the same"
-    needs: ClassVar[tuple[str, ...]] = ("student_logprob", "teacher_logprob")
 
-    def apply(self, lf: pl.LazyFrame, stats: Stats) -> pl.LazyFrame:
-        return lf.with_columns(
-            keep=pl.lit(True), drop_reason=pl.lit(None, dtype=pl.String), weight=ones(), advantage=plain_advantage()
-        )
+    def parts(self) -> Parts:
+        return Parts()
 
 
 @dataclass(frozen=True)
@@ -39,10 +35,8 @@ class Random(Rule):
     """
 
     name: ClassVar[str] = "random"
-    paper: ClassVar[str] = ""
     belief: ClassVar[str] = "a filter that helps must beat dropping as many tokens blindly"
-    needs: ClassVar[tuple[str, ...]] = ("trajectory_id", "student_logprob", "teacher_logprob")
-    goes_stale: ClassVar[bool] = False
+    fitted: ClassVar[tuple[str, ...]] = ("below",)
 
     match: str = "fire"
     match_params: dict[str, Any] = field(default_factory=dict)
@@ -59,37 +53,27 @@ class Random(Rule):
         return make_rule(self.match, self.match_params)
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.needs, *self.matched.columns)))
-
-    @property
     def uses_groups(self) -> bool:
         return self.matched.uses_groups
 
-    def fit(self, lf: pl.LazyFrame) -> Stats:
-        frame = lf.select(STEP, "trajectory_id", "_own", "_target").collect()
-        return {"cut": [self._cut(part) for part in frame.partition_by(STEP, maintain_order=True)]}
+    def fit(self, trajectories: pl.DataFrame) -> Stats:
+        ranked = trajectories.select(STEP, "_own", "_target", rank=chance(self.seed))
+        return {"below": [self._cut(part) for part in ranked.partition_by(STEP, maintain_order=True)]}
 
-    def apply(self, lf: pl.LazyFrame, stats: Stats) -> pl.LazyFrame:
-        schema = pl.Schema({STEP: lf.select(STEP).collect_schema()[STEP]})
-        cuts = from_stats(stats["cut"], schema).select(STEP, "below")
-        ranks = pl.col("trajectory_id").map_elements(self._rank, return_dtype=pl.String)
-        keep = ranks < pl.col("below")
-        return (
-            lf.join(cuts.lazy(), on=STEP, how="left", maintain_order="left")
-            .with_columns(keep=keep, weight=ones(), advantage=plain_advantage())
-            .with_columns(drop_reason=pl.when("keep").then(None).otherwise(pl.lit(f"random, matching {self.match}")))
-            .drop("below")
-        )
-
-    def _rank(self, trajectory_id: str) -> str:
-        return hashlib.blake2b(f"{self.seed}/{trajectory_id}".encode(), digest_size=16).hexdigest()
+    def parts(self) -> Parts:
+        return Parts(keep=chance(self.seed) < pl.col("below"), reason=f"random, matching {self.match}")
 
     def _cut(self, step: pl.DataFrame) -> dict[str, Any]:
         """The rank below which trajectories are kept, so that their tokens come nearest to the matched rule's."""
         target = int(step["_target"].sum())
-        ranked = sorted(zip(map(self._rank, step["trajectory_id"]), step["_own"], strict=True))
-        bounds = [*(rank for rank, _ in ranked), "g"]  # "g" lies behind every hex digit
-        totals = [0, *itertools.accumulate(tokens for _, tokens in ranked)]
+        ranked = step.sort("rank")
+        bounds = [*ranked["rank"].to_list(), 1.0]
+        totals = [0, *itertools.accumulate(ranked["_own"].to_list())]
         nearest = min(range(len(totals)), key=lambda i: (abs(totals[i] - target), i))
         return {STEP: step[STEP][0], "below": bounds[nearest], "tokens": totals[nearest], "matched_tokens": target}
+
+
+ENTRIES = {
+    "uniform": RuleEntry(Uniform, {}, "plain on-policy distillation"),
+    "random": RuleEntry(Random, {}, "random drops at the token budget of another rule"),
+}

@@ -7,29 +7,17 @@ trajectory, which is what the released scripts compute and why their filter neve
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import polars as pl
 
-from fire_data.rules.base import (
-    Rule,
-    Stats,
-    attach,
-    floats,
-    from_stats,
-    grouped,
-    grouped_sums,
-    plain_advantage,
-    scope_keys,
-)
+from fire_data.rules.base import Mean, Parts, Rule, RuleEntry, Statistic, mean_of
 from fire_data.schemas.config import Scope
 from fire_data.schemas.errors import ConfigError
 
-_SMALLEST_MAXIMUM = 1e-6  # of the reference code: an entropy maximum is clamped to at least this
-_SUMMARY = ("length", "teacher_logprob_sum", "teacher_entropy_sum", "student_entropy_sum")
-_MORE = ("teacher_entropy_max", "student_entropy_max", "entropy_product_sum")
-_MAXIMA = ("teacher_entropy_limit", "student_entropy_limit")
+_SMALLEST_LIMIT = 1e-6  # of the reference code: what an entropy is divided by is at least this
 
 
 @dataclass(frozen=True)
@@ -38,7 +26,8 @@ class Fire(Rule):
 
     Sources: score Eq. 4, confidence Eq. 5, confusion Eq. 6, weight Eq. 7, normalisation Eq. 8 of arXiv 2606.02684.
     Maxima and the mean run over all response tokens of their scope, dropped trajectories included, as in the
-    reference code.
+    reference code; the paper takes the mean per trajectory (`mean_scope`). `normaliser` replaces the maxima, which one
+    token can set, by the `normaliser_percentile` of the entropies or by the log of `vocabulary_size`: not published.
     """
 
     name: ClassVar[str] = "fire"
@@ -46,7 +35,6 @@ class Fire(Rule):
     belief: ClassVar[str] = (
         "unlikely trajectories teach nothing; tokens teach most where the teacher is sure and the student is not"
     )
-    needs: ClassVar[tuple[str, ...]] = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy")
 
     percentile: float = 20.0
     alpha: float = 1.0
@@ -55,99 +43,87 @@ class Fire(Rule):
     max_scope: Scope = "step"
     mean_scope: Scope = "step"
     by: Literal["teacher"] | None = None
+    normaliser: Literal["max", "percentile", "log_vocabulary"] = "max"
+    normaliser_percentile: float = 99.0
+    vocabulary_size: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.percentile <= 100:
-            raise ConfigError(f"percentile must lie between 0 and 100, not {self.percentile}", where="rule fire")
+        for name in ("percentile", "normaliser_percentile"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ConfigError(f"{name} must lie between 0 and 100, not {getattr(self, name)}", where="rule fire")
         if self.alpha < 0 or self.beta < 0:
             raise ConfigError("alpha and beta must not be negative", where="rule fire")
+        if self.normaliser == "log_vocabulary" and (self.vocabulary_size or 0) < 2:
+            fix = "-p vocabulary_size=151936, the vocabulary of the models"
+            raise ConfigError("normaliser log_vocabulary needs vocabulary_size", where="rule fire", fix=fix)
 
     @property
-    def uses_groups(self) -> bool:
-        return "group" in (self.filter_scope, self.max_scope, self.mean_scope)
+    def mean(self) -> Mean | None:
+        return Mean(self.mean_scope, "all", self.by) if self.alpha or self.beta else None
 
-    def fit(self, lf: pl.LazyFrame) -> Stats:
-        scopes = {"filter": self.filter_scope, "max": self.max_scope, "mean": self.mean_scope}
-        frames = self._statistics(self._summary(lf), {})
-        return {name: frames[name].to_dicts() for name, scope in scopes.items() if scope in ("step", "round")}
+    def statistics(self) -> tuple[Statistic, ...]:
+        score = Statistic(
+            "threshold", mean_of("teacher_logprob"), "quantile", self.filter_scope, "trajectories",
+            at=self.percentile / 100, by=self.by,
+        )  # fmt: skip
+        limits = tuple(self._limit(who) for who in ("teacher", "student")) if self.alpha or self.beta else ()
+        filtering = (score,) if self.percentile > 0 else ()
+        return filtering + (limits if self.normaliser != "log_vocabulary" else ())
 
-    def apply(self, lf: pl.LazyFrame, stats: Stats) -> pl.LazyFrame:
-        frames = self._statistics(self._summary(lf), stats)
-        lf = attach(
-            lf, frames["filter"].select(*scope_keys(self.filter_scope, self.by), "threshold"), self._keys("filter")
+    def parts(self) -> Parts:
+        weighs = self.alpha or self.beta
+        return Parts(
+            keep=mean_of("teacher_logprob") >= pl.col("threshold") if self.percentile > 0 else None,
+            reason=f"mean teacher_logprob below the {self.percentile:g} % quantile of its {self.filter_scope}",
+            weight=self._weight() if weighs else None,
+            weight_sum=self._weight_sum() if weighs and self.normaliser == "max" else None,
         )
-        lf = attach(lf, frames["max"], self._keys("max"))
-        lf = attach(lf, frames["mean"].select(*scope_keys(self.mean_scope, self.by), "mean_weight"), self._keys("mean"))
-        keep = ((pl.col("length") > 0) & (_score() >= pl.col("threshold"))).fill_null(False)
-        reason = (
-            pl.when(pl.col("length") == 0)
-            .then(pl.lit("empty response"))
-            .otherwise(
-                pl.lit(f"mean teacher_logprob below the {self.percentile:g} % quantile of its {self.filter_scope}")
-            )
-        )
-        return lf.with_columns(
-            keep=keep,
-            drop_reason=pl.when(keep).then(None).otherwise(reason),
-            weight=self._weight() / pl.col("mean_weight"),
-            advantage=plain_advantage(),
-        ).drop("threshold", "mean_weight", *_MAXIMA)
+
+    def _limit(self, who: str) -> Statistic:
+        name = f"{who}_limit"
+        if self.normaliser == "max":
+            highest = pl.col(f"{who}_entropy_max")
+            return Statistic(name, highest, "max", self.max_scope, "trajectories", by=self.by)
+        at = self.normaliser_percentile / 100
+        return Statistic(name, pl.col(f"{who}_entropy"), "quantile", self.max_scope, at=at, by=self.by)
+
+    def _divided(self, who: str, entropy: str) -> pl.Expr:
+        if self.normaliser == "log_vocabulary":
+            return pl.col(entropy) / math.log(self.vocabulary_size or 2)
+        return pl.col(entropy) / pl.col(f"{who}_limit").clip(lower_bound=_SMALLEST_LIMIT)
 
     def _weight(self) -> pl.Expr:
-        def clipped(fraction: pl.Expr) -> pl.Expr:
-            return fraction.list.eval(pl.element().clip(0.0, 1.0))
-
-        confident = clipped(1.0 - floats("teacher_entropy") / pl.col("teacher_entropy_limit"))
-        confused = clipped(floats("student_entropy") / pl.col("student_entropy_limit"))
+        confident = (1.0 - self._divided("teacher", "teacher_entropy")).clip(0.0, 1.0)
+        confused = self._divided("student", "student_entropy").clip(0.0, 1.0)
         return (1.0 + self.alpha * confident) * (1.0 + self.beta * confused)
 
-    def _keys(self, statistic: str) -> list[str]:
-        scope = {"filter": self.filter_scope, "max": self.max_scope, "mean": self.mean_scope}[statistic]
-        return scope_keys(scope, self.by)
-
-    def _summary(self, lf: pl.LazyFrame) -> pl.DataFrame:
-        keys = {k for s in ("filter", "max", "mean") for k in self._keys(s)}
-        return lf.select(*sorted(keys), *_SUMMARY, *_MORE).collect()
-
-    def _statistics(self, summary: pl.DataFrame, stored: Stats) -> dict[str, pl.DataFrame]:
-        """Threshold, maxima and mean weight per population: those in `stored`, the others from `summary`."""
-        frames = {name: from_stats(rows, summary.schema) for name, rows in stored.items()}
-        if "filter" not in frames:
-            scored = summary.filter(pl.col("length") > 0).with_columns(score=_score())
-            threshold = pl.col("score").quantile(self.percentile / 100, "linear").alias("threshold")
-            frames["filter"] = grouped(scored, self._keys("filter"), threshold, pl.len().alias("trajectories"))
-        if "max" not in frames:
-            limits = [
-                pl.col(f"{who}_entropy_max")
-                .max()
-                .fill_null(0.0)
-                .clip(lower_bound=_SMALLEST_MAXIMUM)
-                .alias(f"{who}_entropy_limit")
-                for who in ("teacher", "student")
-            ]
-            frames["max"] = grouped(summary, self._keys("max"), *limits)
-        if "mean" not in frames:
-            frames["mean"] = self._mean_weights(summary, frames["max"])
-        return frames
-
-    def _mean_weights(self, summary: pl.DataFrame, maxima: pl.DataFrame) -> pl.DataFrame:
-        """The mean weight per population from per-trajectory sums: no token column is read.
+    def _weight_sum(self) -> pl.Expr:
+        """The sum of the weights from per-trajectory sums.
 
         With 0 <= H <= max the clips of Eq. 5 and 6 do nothing: the product is a sum of 1, H_T, H_S and H_T H_S.
         """
         a, b = self.alpha, self.beta
-        teacher = pl.col("teacher_entropy_sum") / pl.col("teacher_entropy_limit")
-        student = pl.col("student_entropy_sum") / pl.col("student_entropy_limit")
-        both = pl.col("entropy_product_sum") / (pl.col("teacher_entropy_limit") * pl.col("student_entropy_limit"))
-        total = (1 + a) * pl.col("length") + (1 + a) * b * student - a * teacher - a * b * both
-        frame = attach(summary.lazy(), maxima, self._keys("max")).with_columns(
-            weight_sum=total.cast(pl.Float64), tokens=pl.col("length").cast(pl.Float64)
+        teacher = self._divided("teacher", "teacher_entropy_sum")
+        student = self._divided("student", "student_entropy_sum")
+        both = self._divided("teacher", "entropy_product_sum") / pl.col("student_limit").clip(
+            lower_bound=_SMALLEST_LIMIT
         )
-        sums = grouped_sums(frame.collect(), self._keys("mean"), ["weight_sum", "tokens"])
-        mean = pl.when(pl.col("tokens") > 0).then(pl.col("weight_sum") / pl.col("tokens")).otherwise(1.0)
-        return sums.with_columns(mean_weight=mean).drop("weight_sum")
+        return (1 + a) * pl.col("length") + (1 + a) * b * student - a * teacher - a * b * both
 
 
-def _score() -> pl.Expr:
-    """The length-normalised teacher logprob of a trajectory (Eq. 4)."""
-    return pl.col("teacher_logprob_sum") / pl.col("length")
+_ALL_STEP = {"filter_scope": "step", "max_scope": "step", "mean_scope": "step", "denominator": "tokens"}
+_PAPER = {"filter_scope": "step", "max_scope": "step", "mean_scope": "trajectory", "denominator": "tokens"}
+_RELEASED = {
+    "filter_scope": "trajectory",
+    "max_scope": "trajectory",
+    "mean_scope": "trajectory",
+    "denominator": "sequences",
+}
+ENTRIES = {
+    "fire": RuleEntry(Fire, _ALL_STEP, "every statistic over the step: the reference function given the whole batch"),
+    "fire-paper": RuleEntry(Fire, _PAPER, "as printed: filter and maxima over the step, mean weight per trajectory"),
+    "fire-released": RuleEntry(Fire, _RELEASED, "what the released scripts compute: the filter is inert"),
+    "fire-filter": RuleEntry(Fire, {**_ALL_STEP, "alpha": 0.0, "beta": 0.0}, "the filter of fire alone"),
+    "fire-weights": RuleEntry(Fire, {**_ALL_STEP, "percentile": 0.0}, "the weights of fire alone"),
+    "fire-robust": RuleEntry(Fire, {**_ALL_STEP, "normaliser": "percentile"}, "fire with the 99 % quantile as maximum"),
+}

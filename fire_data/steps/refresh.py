@@ -12,7 +12,7 @@ from fire_data.steps.evaluate import evaluate
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train
-from fire_data.steps.weigh import weigh
+from fire_data.steps.weigh import addon_names, configured, weigh
 
 
 def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
@@ -25,7 +25,8 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
         finished = is_sealed(run.part("checkpoints", number))
         if not finished:
             rollout(session, number)
-            score(session, number)
+            # What the rule reads beside the scores is made without being asked for: a round cannot go on without it.
+            score(session, number, add=addon_names(configured(run)))
             weigh(run, number, session.report)
             _make_room(session)
             train(session, number)

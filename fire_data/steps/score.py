@@ -1,107 +1,73 @@
-"""`fire score`: student and teacher evaluated on every token the student wrote, in one joint pass."""
+"""`fire score`: student and teacher evaluated on every token the student wrote, in one joint pass.
+
+The addons that are asked for follow. A shard that lacks both its scores and its top-k has both made in one pass.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
-from fire_data import chat, vocabulary
-from fire_data.engines import FakeScorer, Scorer
+from fire_data.diagnose.checks import DRIFT_WARNING
 from fire_data.overview import start_over
-from fire_data.rules.base import floats
-from fire_data.schemas.errors import FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT, IDS, conform
+from fire_data.schemas.tables import SIGNALS, conform
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard, sealed
 from fire_data.stages import Stage, run_stage
+from fire_data.steps import columns
+from fire_data.steps.inputs import make_scorer, score_fields, score_inputs
 
 _MEANS = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
-DRIFT_WARNING = 0.05  # nats between rollout and rescored logprobs that are worth a word
 
 
-def score(session: Session, round: int, *, redo: bool = False) -> Manifest:
-    """Make, continue or confirm the scores of a round, or make them anew. Returns the sealed manifest."""
+def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool = False) -> Manifest:
+    """Make, continue or confirm the scores of a round, then its addons. Returns the sealed manifest of the scores.
+
+    Args:
+        add: addons beside those of `score.add`.
+        redo: make the scores anew, with all that was made from them; with `add`, those addons instead.
+
+    Raises ConfigError if there is no addon of a name, before anything is made.
+    """
     run, cfg = session.run, session.run.config
     source_part = run.part("rollouts", round)
     source = sealed(source_part)
     receipts = {r.shard: r for r in source.shards}
-    fields = _fields(session, round, source)
-    stage = Stage(run.part("scores", round), fields, source.plan, _recorded(session))
-
+    stage = Stage(run.part("scores", round), score_fields(session, round, source), source.plan, _recorded(session))
+    asked = tuple(dict.fromkeys(add))
+    addons = [columns.prepare(session, round, name) for name in dict.fromkeys((*cfg.score.add, *asked))]
     if redo:
-        start_over(run, "scores", round, session.report)
+        if not asked:
+            start_over(run, "scores", round, session.report)
+        for name in asked:
+            start_over(run, "addons", round, session.report, name)
+    for addon in addons:
+        columns.begin(session, addon)
+    topk = next((a for a in addons if a.name == "topk"), None)
 
     def make(shard: Shard) -> pa.Table:
-        where = f"{stage.part.label}, shard {shard.name}"
-        rollouts = read_shard(source_part, receipts[shard.name])
-        rollouts = _with_teacher_prompts(session, rollouts)
-        for name in ("response_ids", "teacher_prompt_ids" if cfg.score.teacher_prompt == "own" else "prompt_ids"):
-            vocabulary.require_known_ids(
-                rollouts[name], session.vocabulary, name, f"{source_part.label}, shard {shard.name}"
-            )
-        signals = _make_scorer(session, round).score(rollouts)
-        for name in signals.column_names:
+        started = time.monotonic()
+        rollouts = score_inputs(session, source_part, receipts[shard.name])
+        k = topk.k if topk is not None and columns.lacks(topk, shard) else 0
+        signals = make_scorer(session, round).score(rollouts, k=k)
+        if topk is not None and k:
+            columns.write(topk, shard, rollouts, signals, started)
+        for name in (c.name for c in SIGNALS):
             rollouts = rollouts.append_column(name, signals[name])
         from fire_data.scoring import summarise
 
-        return conform(summarise(rollouts), "scores", where)
+        return conform(summarise(rollouts), "scores", f"{stage.part.label}, shard {shard.name}")
 
-    return run_stage(stage, make, lambda done: _stats(session, source, stage.part, done), session.report)
-
-
-def _make_scorer(session: Session, round: int) -> Scorer:
-    cfg = session.run.config.score
-    if cfg.engine == "fake":
-        return FakeScorer(session.vocabulary)
-    from fire_data.scoring import TransformersScorer
-
-    budget = cfg.logits_budget_mb << 20
-    return TransformersScorer(
-        session.student(round), session.teacher(), session.vocabulary, cfg.tokens_per_batch, budget
-    )
-
-
-def _with_teacher_prompts(session: Session, rollouts: pa.Table) -> pa.Table:
-    """The messages under the teacher's own template, null where that gives the student's ids."""
-    cfg, root = session.run.config, session.run.root
-    own: list[list[int] | None] = [None] * rollouts.num_rows
-    if cfg.score.teacher_prompt == "own":
-        known: dict[str, list[int]] = {}
-        for i, (messages, ids) in enumerate(
-            zip(rollouts["messages"].to_pylist(), rollouts["prompt_ids"].to_pylist(), strict=True)
-        ):
-            key = json.dumps(messages)
-            if key not in known:
-                known[key] = chat.render(session.teacher_tokenizer, session.run.teacher(), root, messages, False)
-            own[i] = known[key] if known[key] != ids else None
-    return rollouts.append_column("teacher_prompt_ids", pa.array(own, IDS))
-
-
-def _fields(session: Session, round: int, source: Manifest) -> dict[str, Any]:
-    run, cfg = session.run, session.run.config
-    part = run.part("rollouts", round)
-    student, wrote = session.student_fields(round), source.fields["student"]
-    if student != wrote:
-        text = f"the rollouts were written by another student: {json.dumps(wrote)}, now it is {json.dumps(student)}"
-        raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
-    if session.vocabulary_fields != source.fields["vocabulary"]:
-        text = "the rollouts were sampled over another vocabulary (another teacher's tokenizer, or none)"
-        raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
-    return {
-        "format": FORMAT,
-        "score": cfg.score.results(),
-        "student": student,
-        "teacher": session.teacher_fields(),
-        "template": session.template_fields(run.teacher()) if cfg.score.teacher_prompt == "own" else "shared",
-        "vocabulary": session.vocabulary_fields,
-        "teacher_tokenizer": vocabulary.fingerprint(session.teacher_tokenizer),
-        "rollouts": source.digest,
-    }
+    manifest = run_stage(stage, make, lambda done: _stats(session, source, stage.part, done), session.report)
+    for addon in addons:
+        columns.complete(session, addon)
+    return manifest
 
 
 def _recorded(session: Session) -> dict[str, Any]:
@@ -150,7 +116,8 @@ def _numbers(part: Part, receipt: Receipt) -> pl.DataFrame:
     columns = ["finish_reason", "student_logprob", "teacher_logprob", "rollout_logprob"]
     frame = pl.from_arrow(read_shard(part, receipt, [f"{m}_sum" for m in _MEANS] + columns))
     assert isinstance(frame, pl.DataFrame)
-    off = (floats("student_logprob") - floats("rollout_logprob")).list.eval(pl.element().abs())
+    student, sampled = (pl.col(f"{who}_logprob").cast(pl.List(pl.Float64)) for who in ("student", "rollout"))
+    off = (student - sampled).list.eval(pl.element().abs())
     ended = pl.col("teacher_logprob").list.last() - pl.col("student_logprob").list.last()
     return frame.select(
         *(f"{m}_sum" for m in _MEANS),

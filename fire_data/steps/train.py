@@ -18,12 +18,14 @@ from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteE
 from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
 from fire_data.session import Session, verify_checkpoint
-from fire_data.shards import Part, read_manifest, sealed, versions
+from fire_data.shards import Part, is_sealed, read_manifest, sealed, versions
 from fire_data.stages import Stage, open_stage, seal
-from fire_data.steps.weigh import configured, weights_fields
+from fire_data.steps.weigh import addon_tables, configured, weights_fields
 
 if TYPE_CHECKING:
-    from fire_data.training import StepBatch
+    from fire_data.batch import StepBatch
+
+Sealed = tuple[Part, Manifest]
 
 
 def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
@@ -31,8 +33,9 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
     run, cfg = session.run, session.run.config.train
     part = run.part("checkpoints", round)
     scores, weights = _inputs(run, round)
+    topk = _topk(run, round, scores[1], weights)
     recorded = {"weights": cfg.weights or weights[0].name, **session.performance("train")}
-    stage = Stage(part, _fields(session, round, scores[1], weights[1]), (), recorded)
+    stage = Stage(part, _fields(session, round, scores[1], weights[1], topk), (), recorded)
     files.remove_leftovers(part.tmp)
     if redo:
         start_over(run, "checkpoints", round, session.report)
@@ -49,12 +52,12 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
                 return manifest
             except DamagedError as error:
                 session.report.warn(f"{error.what}: trying to export the checkpoint again from its training state")
-        stats = _Training(session, round, manifest.fingerprint, scores, weights).finish()
+        stats = _Training(session, round, manifest.fingerprint, scores, weights, topk).finish()
         receipts = _receipts(part, manifest.fingerprint)
         return seal(part, manifest, receipts, stats, stage.recorded)
 
 
-def _inputs(run: Run, round: int) -> tuple[tuple[Part, Manifest], tuple[Part, Manifest]]:
+def _inputs(run: Run, round: int) -> tuple[Sealed, Sealed]:
     scores_part, weights_part = run.part("scores", round), run.part("weights", round)
     scores, weights = sealed(scores_part), sealed(weights_part)
     if weights.fields["scores"] != scores.digest:
@@ -62,7 +65,7 @@ def _inputs(run: Run, round: int) -> tuple[tuple[Part, Manifest], tuple[Part, Ma
         raise FingerprintError(text, where=str(weights_part.folder), fix=f"{weights_part.command} --redo")
     if run.config.trained_weights == run.config.weights_name:
         # Weights of another name are trained as they are; these are the ones the configuration describes.
-        changed = differences(weights.fields, weights_fields(configured(run), scores))
+        changed = differences(weights.fields, _expected(run, round, scores))
         if changed:
             text = f"{weights_part.label} was made with other settings than fire.yaml has now: " + "; ".join(changed)
             fix = f"set them in fire.yaml, or make the weights anew: {weights_part.command} --redo"
@@ -70,7 +73,29 @@ def _inputs(run: Run, round: int) -> tuple[tuple[Part, Manifest], tuple[Part, Ma
     return (scores_part, scores), (weights_part, weights)
 
 
-def _fields(session: Session, round: int, scores: Manifest, weights: Manifest) -> dict[str, Any]:
+def _topk(run: Run, round: int, scores: Manifest, weights: Sealed) -> Sealed | None:
+    """The addon that holds the teacher's top-k, for weights with a forward-KL term; None for all others."""
+    if weights[1].fields.get("fkl_renormalise") is None:
+        return None
+    part = run.part("addons", round, "topk")
+    if not is_sealed(part):
+        text = f"{weights[0].label} has a forward-KL term on the teacher's top-k, and {part.label} is not finished"
+        raise IncompleteError(text, where=str(part.folder), fix=part.command)
+    part, topk = run.addon(round, "topk")
+    theirs, mine = ({k: made.fields.get(k) for k in ("student", "teacher", "template")} for made in (scores, topk))
+    changed = differences(theirs, mine)
+    if changed:
+        text = f"{part.label} was made with other models than the scores: " + "; ".join(changed)
+        raise FingerprintError(text, where=str(part.folder), fix=f"{part.command} --redo")
+    return part, topk
+
+
+def _expected(run: Run, round: int, scores: Manifest) -> dict[str, Any]:
+    rule = configured(run)
+    return weights_fields(rule, scores, addon_tables(run, round, rule))
+
+
+def _fields(session: Session, round: int, scores: Manifest, weights: Manifest, topk: Sealed | None) -> dict[str, Any]:
     student = session.student_fields(round)
     if scores.fields["student"] != student:
         text = "student_logprob was scored with another student than the one to be trained"
@@ -81,7 +106,11 @@ def _fields(session: Session, round: int, scores: Manifest, weights: Manifest) -
         "format": FORMAT,
         "train": {k: v for k, v in settings.items() if k not in ("weights", "batch_size", "keep_states")},
         "weights": session.run.config.trained_weights,
-        "inputs": {"scores": scores.digest, "weights": weights.digest},
+        "inputs": {
+            "scores": scores.digest,
+            "weights": weights.digest,
+            **({"topk": topk[1].digest} if topk is not None else {}),
+        },
         "student": student,
         "vocabulary": session.vocabulary_fields,
     }
@@ -95,14 +124,15 @@ class _Training:
         session: Session,
         round: int,
         fingerprint: str,
-        scores: tuple[Part, Manifest],
-        weights: tuple[Part, Manifest],
+        scores: Sealed,
+        weights: Sealed,
+        topk: Sealed | None,
     ) -> None:
         from fire_data import models, optim
 
         self.session, self.run, self.round, self.fingerprint = session, session.run, round, fingerprint
         self.cfg = session.run.config.train
-        self.scores, self.weights = scores, weights
+        self.scores, self.weights, self.topk = scores, weights, topk
         self.steps = len(weights[1].stats["steps"])
         self.total = self.steps * self.cfg.epochs
         self.states = self.run.root / ".fire" / "train"
@@ -143,7 +173,7 @@ class _Training:
         first = self.done % self.steps if self.done < self.total else self.steps
         epochs = range(self.done // self.steps if self.steps else 0, self.cfg.epochs)
         return itertools.chain.from_iterable(
-            step_batches(self.scores, self.weights, first if i == 0 else 0) for i, _ in enumerate(epochs)
+            step_batches(self.scores, self.weights, first if i == 0 else 0, self.topk) for i, _ in enumerate(epochs)
         )
 
     def _step(self, batch: StepBatch, log: Path) -> None:
@@ -242,6 +272,7 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         "ratio_check": records[0].get("ratio_check"),
         "loss_first": done[0]["loss"],
         "loss_last": done[-1]["loss"],
+        **({"fkl_loss_last": done[-1]["fkl_loss"]} if "fkl_loss" in done[-1] else {}),
         "grad_norm_last": done[-1]["grad_norm"],
         "drift_kl_last": done[-1]["drift_kl"],
         "tokens_per_second": executed / sum(seconds),

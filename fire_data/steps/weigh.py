@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
 
 from fire_data import weighing
 from fire_data.overview import start_over
-from fire_data.rules import Expression, make_rule
+from fire_data.rules import Rule, make_rule, own
 from fire_data.run import Run
-from fire_data.schemas.errors import DataError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT, arrow_schema, conform
-from fire_data.shards import Part, read_shard, sealed, verify_shard
+from fire_data.schemas.tables import FORMAT, addon_of, conform
+from fire_data.shards import Part, is_sealed, read_shard, sealed, verify_shard
 from fire_data.stages import Reporter, Silent, Stage, run_stage
 from fire_data.weighing import Weighing
 
@@ -26,7 +25,7 @@ def configured(run: Run) -> Weighing:
     """The rule of the configuration with its policies. Raises ConfigError before anything is read."""
     cfg = run.config.weigh
     return Weighing(
-        make_rule(cfg.rule, cfg.params, cfg.scope),
+        rule_of(run),
         run.config.train.batch_size,
         cfg.denominator,
         cfg.constant,
@@ -37,6 +36,13 @@ def configured(run: Run) -> Weighing:
     )
 
 
+def rule_of(run: Run) -> Rule:
+    """The rule of the configuration; a file is named relative to the run. Raises ConfigError for what is no rule."""
+    cfg, root = run.config.weigh, run.root.resolve()
+    rule = own.moved(cfg.rule, lambda file: str(root / file)) if isinstance(cfg.rule, str) else cfg.rule
+    return make_rule(rule, cfg.params, cfg.scope)
+
+
 def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = False) -> Manifest:
     """Make, continue or confirm the weights of a round, or make them anew.
 
@@ -44,20 +50,14 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
     """
     report = report or Silent()
     rule = configured(run)
-    source_part = run.part("scores", round)
-    source = sealed(source_part)
-    stage = Stage(run.part("weights", round, run.config.weights_name), weights_fields(rule, source), source.plan)
-    work = _Work(rule, source_part, source.shards)
+    source = sealed(run.part("scores", round))
+    work = ScoredRound(run, round, rule)
+    fields = weights_fields(rule, source, work.addons)
+    stage = Stage(run.part("weights", round, run.config.weights_name), fields, source.plan)
 
     def make(shard: Shard) -> pa.Table:
-        columns = [c for c in arrow_schema("weights").names if c in work.schema_names]
-        table = work.weighted(shard.name).select(columns).collect().to_arrow(compat_level=pl.CompatLevel.oldest())
-        try:
-            return conform(table, "weights", f"{stage.part.label}, shard {shard.name}")
-        except DataError as error:
-            raise DataError(
-                error.what, where=error.where, fix="a rule must give finite numbers: fire rules NAME"
-            ) from None
+        table = work.weighted(shard.name).to_arrow(compat_level=pl.CompatLevel.oldest())
+        return conform(table, "weights", f"{stage.part.label}, shard {shard.name}")
 
     # Whatever is wrong with the rule is found before a stage is opened or, with all its numbers, set aside.
     if not stage.part.manifest_path.exists():
@@ -82,74 +82,97 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
 
 def drops(rule: Weighing) -> bool:
     """True if the rule has a filter, so that dropping nothing is worth a warning."""
-    inner = rule.rule
-    if isinstance(inner, Expression):
-        return inner.keep is not None
-    return getattr(inner, "percentile", 0) > 0
+    return "filter" in rule.rule.changes
 
 
-class _Work:
-    """The verified shards of a round's scores and what `fit` found in them, computed when first needed."""
+class ScoredRound:
+    """The verified shards of a round's scores and addons as a `Table`, and what `fit` found, once it is needed.
 
-    def __init__(self, rule: Weighing, part: Part, receipts: Sequence[Receipt]) -> None:
-        self.rule, self.part, self.receipts = rule, part, receipts
+    `verified`: files whose bytes were compared already. Several passes, and rules, read them, and one hash is enough.
+    """
+
+    def __init__(
+        self, run: Run, round: int, rule: Weighing, verified: dict[tuple[str, str], Path] | None = None
+    ) -> None:
+        self.rule = rule
+        self.place = f"{shlex.quote(str(run.root))} --round {round}"
+        self.part = run.part("scores", round)
+        self.source = sealed(self.part)
+        self.receipts = self.source.shards
+        self.addons = addon_tables(run, round, rule)
         self._fitted: weighing.Fitted | None = None
-        self._names: list[str] | None = None
-        self._files: dict[int, Path] = {}  # verified: several passes read them, one hash is enough
+        self._files = {} if verified is None else verified
+        self._prepared: dict[range, pl.LazyFrame] = {}
+
+    def __len__(self) -> int:
+        return len(self.receipts)
 
     @property
     def fitted(self) -> weighing.Fitted:
         if self._fitted is None:
-            lf = self._scan(range(len(self.receipts)))
-            for i in range(len(self.receipts)):
-                weighing.check_values(self._scan([i]), self.rule)
-            self._fitted = weighing.fit(lf, self.rule)
+            weighing.require_columns(self._scan(range(1)), self.rule, self.place)
+            for i in range(len(self)):
+                weighing.check_values(self._scan(range(i, i + 1)), self.rule)
+            self._fitted = weighing.fit(self, self.rule)
         return self._fitted
 
-    @property
-    def schema_names(self) -> list[str]:
-        if self._names is None:
-            self._names = self.weighted(self.receipts[0].shard).collect_schema().names()
-        return self._names
+    def weighted(self, shard: str) -> pl.DataFrame:
+        """The rows of one shard of the weights table."""
+        return weighing.apply(self, [r.shard for r in self.receipts].index(shard), self.rule, self.fitted)
 
-    def weighted(self, shard: str) -> pl.LazyFrame:
-        """The rows of one shard with the columns of the weights table, in the shard's order."""
-        at = [r.shard for r in self.receipts].index(shard)
-        first = sum(r.rows for r in self.receipts[:at])
-        span = self._span(at)
-        lf = weighing.apply(self._scan(span), self.rule, self.fitted)
-        if len(span) > 1:
-            lf = lf.filter(pl.col("_row").is_between(first, first + self.receipts[at].rows, closed="left"))
-        return lf
+    def rows(self, shard: int) -> tuple[int, int]:
+        return sum(r.rows for r in self.receipts[:shard]), self.receipts[shard].rows
 
-    def _span(self, at: int) -> range:
-        """The shards `apply` must see together for shard `at`: those that share a step with it, if the rule says so."""
-        rows = [r.rows for r in self.receipts]
-        starts = [sum(rows[:i]) for i in range(len(rows) + 1)]
+    def read(self, shard: int, columns: Sequence[str], reads: Literal["shard", "step", "round"]) -> pl.DataFrame:
+        return self._scan(self._span(shard, reads)).select(columns).collect()
+
+    def _span(self, at: int, reads: Literal["shard", "step", "round"]) -> range:
+        """The shards that are read together for shard `at`."""
+        starts = [self.rows(i)[0] for i in range(len(self))] + [sum(r.rows for r in self.receipts)]
         size = self.rule.batch_size
-        if self.rule.rule.reads == "shard":
+        if reads == "shard":
             return range(at, at + 1)
-        if self.rule.rule.reads == "round" or size is None:
-            return range(len(rows))
+        if reads == "round" or size is None:
+            return range(len(self))
         low, high = starts[at] // size * size, -(-starts[at + 1] // size) * size
-        touched = [i for i in range(len(rows)) if starts[i] < high and starts[i + 1] > low]
+        touched = [i for i in range(len(self)) if starts[i] < high and starts[i + 1] > low]
         return range(touched[0], touched[-1] + 1)
 
-    def _scan(self, shards: Sequence[int]) -> pl.LazyFrame:
-        for i in shards:
-            if i not in self._files:
-                self._files[i] = verify_shard(self.part, self.receipts[i])
-        files = [self._files[i] for i in shards]
-        first = sum(r.rows for r in self.receipts[: shards[0]])
-        return weighing.prepare(pl.scan_parquet(files, glob=False), self.rule, first)
+    def _scan(self, shards: range) -> pl.LazyFrame:
+        if shards not in self._prepared:
+            scores = pl.scan_parquet([self._verified(self.part, self.receipts[i]) for i in shards], glob=False)
+            more = [
+                pl.scan_parquet([self._verified(p, m.shards[i]) for i in shards], glob=False).drop("trajectory_id")
+                for p, m in self.addons
+            ]
+            joined = pl.concat([scores, *more], how="horizontal") if more else scores
+            self._prepared[shards] = weighing.prepare(joined, self.rule, self.rows(shards[0])[0])
+        return self._prepared[shards]
+
+    def _verified(self, part: Part, receipt: Receipt) -> Path:
+        key = (part.label, receipt.shard)
+        if key not in self._files:
+            self._files[key] = verify_shard(part, receipt)
+        return self._files[key]
 
 
-def weights_fields(rule: Weighing, source: Manifest) -> dict[str, Any]:
-    """What the weights of a round depend on: the rule with its policies, and the scores."""
-    parameters = {k: str(v) if isinstance(v, pl.Expr) else v for k, v in dataclasses.asdict(rule.rule).items()}
+def addon_tables(run: Run, round: int, rule: Weighing) -> list[tuple[Part, Manifest]]:
+    """The sealed addons whose columns a rule reads. One that is not there is a missing column, told elsewhere."""
+    return [run.addon(round, n) for n in addon_names(rule) if is_sealed(run.part("addons", round, n))]
+
+
+def addon_names(rule: Weighing) -> list[str]:
+    """The addons whose columns a rule reads."""
+    return list(dict.fromkeys(a for c in rule.columns if (a := addon_of(c)) is not None))
+
+
+def weights_fields(rule: Weighing, source: Manifest, addons: list[tuple[Part, Manifest]]) -> dict[str, Any]:
+    """What the weights of a round depend on: the rule with its policies, the scores, and the addons it reads."""
+    made_of = {"addons": {str(p.name): m.digest for p, m in addons}} if addons else {}
+    code = {f"{r.name}.py": s for r in (rule.rule, *rule.rule.components) if (s := own.source_of(r)) is not None}
     return {
         "format": FORMAT,
-        "rule": {"name": rule.rule.name, **parameters},
+        "rule": rule.rule.record(),
         "batch_size": rule.batch_size,
         "denominator": rule.divisor,
         "constant": rule.constant,
@@ -158,10 +181,13 @@ def weights_fields(rule: Weighing, source: Manifest) -> dict[str, Any]:
         "rollout_is_cap": rule.rollout_is_cap,
         "n": rule.samples_per_group,
         "scores": source.digest,
+        **({"fkl_renormalise": rule.rule.fkl_renormalises} if "forward KL" in rule.rule.changes else {}),
+        **made_of,
+        **({"code": code} if code else {}),
     }
 
 
-def _stats(work: _Work, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
+def _stats(work: ScoredRound, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
     """What the rule did, summed shard by shard in shard order, with its statistics and the steps' denominators."""
     parts = []
     for receipt, source in zip(receipts, work.receipts, strict=True):
@@ -169,7 +195,7 @@ def _stats(work: _Work, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
         lengths = pl.from_arrow(read_shard(work.part, source, ["length"]))
         assert isinstance(weights, pl.DataFrame)
         assert isinstance(lengths, pl.DataFrame)
-        parts.append(weighing.summarise(weights.lazy().with_columns(lengths["length"])))
+        parts.append(weighing.summarise(weights, lengths["length"]))
     skipped = [s["step"] for s in work.fitted.steps if s["kept_tokens"] == 0]
     steps = {"steps": work.fitted.steps, "skipped_steps": skipped}
     return {**weighing.merge_summaries(parts), "rule": work.fitted.stats, **steps}

@@ -1,0 +1,179 @@
+"""Rules that users bring: a class in a Python file, or one that an installed package names as entry point `fire.rules`.
+
+A file is code and runs when it is named; nothing is ever loaded that was not named. Its sha256 is part of what the
+weights were made from, so a changed rule is another rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from importlib.machinery import SourceFileLoader
+from types import ModuleType
+from typing import Any
+
+from fire_data.rules.base import Rule, RuleEntry
+from fire_data.schemas.errors import ConfigError
+
+_GROUP = "fire.rules"
+
+
+def split(text: str) -> list[str]:
+    """The names in `fire+repetition-guard`, or in `fire+my.py:Sharp`; a path may itself hold a `+`."""
+    names: list[str] = []
+    for piece in text.split("+"):
+        if names and ("/" in names[-1] and ".py" not in names[-1]):
+            names[-1] += f"+{piece}"
+        else:
+            names.append(piece)
+    return [n.strip() for n in names]
+
+
+def is_file(name: str) -> bool:
+    """True for `file.py` and `file.py:Class`."""
+    path, _, _ = name.partition(".py:")
+    return name.endswith(".py") or (".py:" in name and bool(path))
+
+
+def moved(text: str, place: Callable[[str], str]) -> str:
+    """A rule's text with every relative file in it, class included, replaced by what `place` says of it."""
+    if "=" in text:
+        return text
+    return "+".join(_moved(name, place) if is_file(name) and not name.startswith("/") else name for name in split(text))
+
+
+def _moved(name: str, place: Callable[[str], str]) -> str:
+    path, dot, cls = name.partition(".py")
+    return place(f"{path}{dot}") + cls
+
+
+def from_file(name: str) -> RuleEntry:
+    """The rule in `file.py:Class`, or the only one in `file.py`. Raises ConfigError saying what is wrong with it."""
+    path, _, cls = (name, "", "") if name.endswith(".py") else _parted(name)
+    module = _module(path)
+    found = {
+        k: v
+        for k, v in vars(module).items()
+        if inspect.isclass(v) and issubclass(v, Rule) and v.__module__ == module.__name__ and not inspect.isabstract(v)
+    }
+    if not cls and len(found) != 1:
+        text = f"{path} has {len(found)} rules" + (f": {', '.join(found)}" if found else "")
+        fix = f"{path}:{next(iter(found))}" if found else "class Mine(Rule): ... with a method parts()"
+        raise ConfigError(text, where=path, fix=fix)
+    if cls and cls not in found:
+        what = _not_a_rule(getattr(module, cls, None), cls)
+        raise ConfigError(what, where=path, fix=f"there is: {', '.join(found) or 'no complete subclass of Rule'}")
+    rule = found[cls] if cls else next(iter(found.values()))
+    return _entry(rule, path, (inspect.getdoc(rule) or rule.__name__).splitlines()[0])
+
+
+def _parted(name: str) -> tuple[str, str, str]:
+    path, colon, cls = name.rpartition(":")
+    return path, colon, cls
+
+
+def _not_a_rule(value: object, name: str) -> str:
+    if value is None:
+        return f"there is no {name}"
+    if inspect.isclass(value) and issubclass(value, Rule):
+        return f"{name} has no method parts()"
+    return f"{name} is not a subclass of fire_data.rules.Rule"
+
+
+def _entry(rule: type[Rule], where: str, what: str) -> RuleEntry:
+    if "__dataclass_fields__" not in vars(rule) or not rule.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ConfigError(f"{rule.__name__} is not a frozen dataclass", where=where, fix="@dataclass(frozen=True)")
+    if not rule.name:
+        rule.name = rule.__name__.lower()
+    return RuleEntry(rule, {}, what)
+
+
+def _module(path: str) -> ModuleType:
+    """The file as a module, run once per content."""
+    loader = SourceFileLoader("fire_rule", path)
+    try:
+        source = loader.get_data(path)
+    except OSError as error:
+        raise ConfigError(f"the rule file cannot be read: {error.strerror}", where=path, fix="name a file.py") from None
+    digest = hashlib.sha256(source).hexdigest()
+    name = "fire_rule_" + hashlib.sha256(f"{path} {digest}".encode()).hexdigest()[:16]
+    if name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name)
+    vars(module).update(__file__=path, __digest__=digest)
+    sys.modules[name] = module  # dataclasses look their module up here
+    try:
+        exec(loader.source_to_code(source, path), vars(module))  # noqa: S102 - the user named this file to be run
+    except Exception as error:  # noqa: BLE001 - whatever their code raises is theirs to see, with the line
+        del sys.modules[name]
+        raise ConfigError(_told(error, path), where=path, fix="correct the file") from None
+    return module
+
+
+def source_of(rule: Rule) -> str | None:
+    """sha256 of the file a rule was loaded from; None for a rule of a package."""
+    module: Any = inspect.getmodule(type(rule))
+    return getattr(module, "__digest__", None)
+
+
+def is_ours(rule: Rule) -> bool:
+    """True for a rule of this package."""
+    return type(rule).__module__.startswith("fire_data.")
+
+
+def examine(rule: Rule, name: str) -> None:
+    """Ask a rule for its expressions once, so that a mistake in a user's code is told before any data is read."""
+    from fire_data.rules.base import Parts, Statistic
+
+    try:
+        parts, statistics = rule.parts(), rule.statistics()
+        wrong = next((p for p in statistics if not isinstance(p, Statistic)), None)
+        if not isinstance(parts, Parts) or wrong is not None:
+            what = "parts() gives no Parts" if wrong is None else "statistics() gives something else than Statistic"
+            raise ConfigError(what, where=f"rule {name}", fix="return Parts(weight=..., keep=...)")
+        rule.record()
+    except ConfigError:
+        raise
+    except Exception as error:
+        if is_ours(rule):
+            raise
+        raise ConfigError(_told(error, name), where=f"rule {name}", fix="correct the rule's code") from None
+
+
+def _told(error: BaseException, path: str) -> str:
+    line = None
+    trace = error.__traceback__
+    file = path.rpartition(":")[0] if ".py:" in path else path
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == file:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    if isinstance(error, SyntaxError):
+        line = error.lineno
+    place = f" at line {line}" if line else ""
+    return f"the rule's code fails{place}: {type(error).__name__}: {error}"
+
+
+def installed() -> Mapping[str, importlib.metadata.EntryPoint]:
+    """The rules that installed packages offer, by name; none is loaded."""
+    return {e.name: e for e in importlib.metadata.entry_points(group=_GROUP)}
+
+
+def load_installed(name: str) -> RuleEntry:
+    """An installed package's rule: an entry point that names a Rule class or a RuleEntry."""
+    point = installed()[name]
+    try:
+        value = point.load()
+    except Exception as error:  # noqa: BLE001 - a package that does not import must not end in a traceback
+        text = f"the rule {name!r} of {point.value} cannot be loaded: {type(error).__name__}: {error}"
+        raise ConfigError(text, where=f"entry point {_GROUP}", fix="reinstall the package that offers it") from None
+    if isinstance(value, RuleEntry):
+        return value
+    if not (inspect.isclass(value) and issubclass(value, Rule)) or not dataclasses.is_dataclass(value):
+        text = f"{point.value} is not a dataclass that is a Rule"
+        raise ConfigError(text, where=f"entry point {_GROUP}", fix="name a subclass of fire_data.rules.Rule")
+    return _entry(value, point.value, (inspect.getdoc(value) or name).splitlines()[0])

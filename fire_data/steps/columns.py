@@ -1,0 +1,248 @@
+"""Further columns beside the scores, made when asked for: top-k of both models, base logprob, teacher pass rate.
+
+Each group is a stage of its own over the plan of the rollouts, row by row like the scores, so that a sealed shard of
+scores is never written again and only what is missing is computed. Units: nats; rates from 0 to 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fire_data import verify
+from fire_data.engines import FakeScorer, Generator, Reference
+from fire_data.overview import start_over
+from fire_data.schemas.errors import ConfigError, FingerprintError
+from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
+from fire_data.schemas.tables import ADDONS, FORMAT, conform
+from fire_data.session import Session
+from fire_data.shards import Part, is_sealed, read_manifest, read_shard, sealed, write_shard
+from fire_data.stages import Stage, open_stage, run_stage
+from fire_data.steps.inputs import (
+    make_scorer,
+    require_known,
+    require_vocabulary,
+    score_fields,
+    score_inputs,
+    with_teacher_prompts,
+)
+from fire_data.steps.passrate import count_prompts, make_teacher, pass_rate_fields, pass_rates
+
+_TRUNCATED = 0.1  # cut answers among the teacher's that are worth a word
+
+
+@dataclass(frozen=True)
+class Addon:
+    """An addon of one round that can be made: its stage, how a shard and the statistics are computed, its cost."""
+
+    name: str
+    stage: Stage
+    make: Callable[[Shard], pa.Table]
+    stats: Callable[[list[Receipt]], dict[str, Any]]
+    cost: str
+    k: int = 0
+
+
+def add_columns(session: Session, round: int, name: str, *, redo: bool = False) -> Manifest:
+    """Make, continue or confirm one addon of a round, or make it anew. Returns its sealed manifest.
+
+    Raises ConfigError if there is no addon of this name, DataError if the rollouts lack what it needs.
+    """
+    addon = prepare(session, round, name)
+    if redo:
+        start_over(session.run, "addons", round, session.report, name)
+    begin(session, addon)
+    return complete(session, addon)
+
+
+def prepare(session: Session, round: int, name: str) -> Addon:
+    """What is to be made for an addon. Finds what is wrong with the settings; no weights are loaded."""
+    source = sealed(session.run.part("rollouts", round))
+    if name not in _MAKERS:
+        text = f"there are no further columns {name!r}; there are: {', '.join(ADDONS)}"
+        raise ConfigError(text, fix=f"fire score RUN --add {next(iter(ADDONS))}")
+    return _MAKERS[name](session, round, source)
+
+
+def begin(session: Session, addon: Addon) -> None:
+    """Open the stage of an addon and tell what it stores. Raises FingerprintError if it was begun otherwise."""
+    part = addon.stage.part
+    found = read_manifest(part)
+    if found is not None and found.sealed and found.fingerprint == addon.stage.fingerprint:
+        return
+    try:
+        open_stage(addon.stage)
+    except FingerprintError as error:
+        # The command's own --redo may be about the scores, which need not be made again.
+        raise FingerprintError(error.what, where=error.where, fix=f"set them back, or: {part.command} --redo") from None
+    session.report.note(addon.cost)
+
+
+def complete(session: Session, addon: Addon) -> Manifest:
+    """Make the shards that an addon still lacks, and seal it."""
+    manifest = run_stage(addon.stage, addon.make, addon.stats, session.report)
+    session.release("base")  # an own model, needed no more in this round
+    return manifest
+
+
+def lacks(addon: Addon, shard: Shard) -> bool:
+    """True if a shard of an addon was not made yet."""
+    return not addon.stage.part.receipt_path(shard.name).exists()
+
+
+def write(addon: Addon, shard: Shard, rollouts: pa.Table, columns: pa.Table, started: float) -> Receipt:
+    """Commit a shard of an addon whose columns were computed together with the scores."""
+    part = addon.stage.part
+    return write_shard(part, shard, _beside(part, shard, rollouts, columns), addon.stage.fingerprint, started)
+
+
+def _beside(part: Part, shard: Shard, rollouts: pa.Table, columns: pa.Table) -> pa.Table:
+    """The columns of an addon with the names of their rows."""
+    named = columns.append_column("trajectory_id", rollouts["trajectory_id"])
+    return conform(named, part.table, f"{part.label}, shard {shard.name}")
+
+
+def _topk(session: Session, round: int, source: Manifest) -> Addon:
+    cfg = session.run.config.score
+    part, source_part = session.run.part("addons", round, "topk"), session.run.part("rollouts", round)
+    receipts = {r.shard: r for r in source.shards}
+    k = min(cfg.topk, int(session.vocabulary.allowed.sum()))
+
+    def make(shard: Shard) -> pa.Table:
+        rollouts = score_inputs(session, source_part, receipts[shard.name])
+        return _beside(part, shard, rollouts, make_scorer(session, round).score(rollouts, k=k, signals=False))
+
+    def stats(done: list[Receipt]) -> dict[str, Any]:
+        """How much of the probability the lists hold, mean over response tokens."""
+        masses = {f"{who}_topk_mass": _mean(part, done, f"{who}_topk_logprobs", k) for who in ("student", "teacher")}
+        on_student = _mean(part, done, "teacher_logprob_on_student_topk", k)
+        return {"k": k, **masses, "teacher_mass_on_student_topk": on_student}
+
+    recorded = {**session.performance("score"), "teacher": session.run.teacher().model}
+    stage = Stage(part, {**score_fields(session, round, source), "k": k}, source.plan, recorded)
+    return Addon("topk", stage, make, stats, _cost("topk", source, k), k)
+
+
+def _base(session: Session, round: int, source: Manifest) -> Addon:
+    cfg = session.run.config.score
+    part, source_part = session.run.part("addons", round, "base"), session.run.part("rollouts", round)
+    receipts = {r.shard: r for r in source.shards}
+    require_vocabulary(session, source_part, source)
+    ids = session.base_vocabulary
+
+    def make(shard: Shard) -> pa.Table:
+        rollouts = read_shard(source_part, receipts[shard.name])
+        for name, known in (("prompt_ids", session.base_ids), ("response_ids", ids)):
+            require_known(rollouts, name, known, source_part, receipts[shard.name], "base model")
+        return _beside(part, shard, rollouts, reference().logprobs(rollouts))
+
+    def reference() -> Reference:
+        if cfg.engine == "fake":
+            return FakeScorer(ids)
+        from fire_data.scoring import TransformersReference
+
+        return TransformersReference(session.base(), ids, cfg.tokens_per_batch, cfg.logits_budget_mb << 20)
+
+    fields = {
+        "format": FORMAT,
+        "engine": cfg.engine,
+        "base": session.base_fields(),
+        "vocabulary": {"size": ids.size, "allowed": digest(ids.allowed.nonzero()[0].tolist())},
+        "rollouts": source.digest,
+    }
+    recorded = {**session.performance("score"), "base": session.run.base().model}
+    stage = Stage(part, fields, source.plan, recorded)
+    return Addon(
+        "base", stage, make, lambda done: {"base_logprob": _mean(part, done, "base_logprob")}, _cost("base", source)
+    )
+
+
+def _mean(part: Part, receipts: list[Receipt], column: str, k: int | None = None) -> float | None:
+    """Mean of a column over response tokens; with `k`, of the sum of the probabilities of their lists."""
+    parts = []
+    for receipt in receipts:
+        values = pc.list_flatten(read_shard(part, receipt, [column])[column])
+        numbers = pc.list_flatten(values) if k else values
+        logprobs = numbers.to_numpy().astype(np.float64)
+        parts.append(float(np.exp(logprobs).sum() if k else logprobs.sum()))
+    tokens = sum(r.tokens for r in receipts)
+    return math.fsum(parts) / tokens if tokens else None
+
+
+def _pass_rate(session: Session, round: int, source: Manifest) -> Addon:
+    cfg = session.run.config
+    part, source_part = session.run.part("addons", round, "pass-rate"), session.run.part("rollouts", round)
+    receipts = {r.shard: r for r in source.shards}
+    samples, longest = cfg.score.pass_rate_samples, cfg.rollout.max_new_tokens
+    prompts = 0 if is_sealed(part) else count_prompts(source_part, source)
+
+    @functools.cache
+    def teacher() -> Generator:
+        return make_teacher(session)
+
+    def make(shard: Shard) -> pa.Table:
+        rollouts = with_teacher_prompts(session, read_shard(source_part, receipts[shard.name]))
+        name = "teacher_prompt_ids" if cfg.score.teacher_prompt == "own" else "prompt_ids"
+        require_known(rollouts, name, session.teacher_vocabulary, source_part, receipts[shard.name], "teacher")
+        rates, cut = pass_rates(session, teacher(), rollouts)
+        if cut > _TRUNCATED:
+            session.report.warn(
+                f"{cut:.0%} of the teacher's answers in shard {shard.name} were cut at {longest} tokens"
+            )
+        column = pa.array(rates, pa.float32())
+        return _beside(part, shard, rollouts, pa.table({"teacher_pass_rate": column}))
+
+    def stats(done: list[Receipt]) -> dict[str, Any]:
+        """Over trajectories: mean rate, and the shares whose prompt the teacher never or always gets right."""
+        rates = [x for r in done for x in read_shard(part, r, ["teacher_pass_rate"])["teacher_pass_rate"].to_pylist()]
+        never, always = (verify.mean([float(r == end) for r in rates]) for end in (0.0, 1.0))
+        return {
+            "samples": samples,
+            "teacher_pass_rate": verify.mean(rates),
+            "never_right": never,
+            "always_right": always,
+        }
+
+    recorded = {**session.performance("rollout"), "teacher": session.run.teacher().model}
+    stage = Stage(part, pass_rate_fields(session, source), source.plan, recorded)
+    work = f"; the teacher writes {samples} answers to each of {prompts:,} prompts"
+    return Addon("pass-rate", stage, make, stats, _cost("pass-rate", source) + work)
+
+
+def _cost(name: str, source: Manifest, k: int | None = None) -> str:
+    """What an addon will store, from its schema and the receipts of the rollouts."""
+    columns, receipts = ADDONS[name], source.shards
+    per_token = columns[0].per == "token"
+    each = sum(_width(column.type, k or 1) for column in columns)
+    count = sum(r.tokens if per_token else r.rows for r in receipts)
+    unit, units = ("response token", "tokens") if per_token else ("trajectory", "trajectories")
+    which = name if k is None else f"{name} with k={k}"
+    size = f"{_size(each * count)} for {count:,} {units}"
+    return f"{which} stores about {each} bytes per {unit} before compression: {size}"
+
+
+def _width(type_: pa.DataType, k: int) -> int:
+    """Bytes of a column per token or row, lists per token having k numbers."""
+    if pa.types.is_list(type_):
+        inner = type_.value_type
+        return k * _width(inner.value_type, 1) if pa.types.is_list(inner) else _width(inner, 1)
+    return int(type_.bit_width) // 8
+
+
+def _size(count: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+_MAKERS = {"topk": _topk, "base": _base, "pass-rate": _pass_rate}

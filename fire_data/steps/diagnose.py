@@ -1,0 +1,121 @@
+"""`fire diagnose`: reads a round's sealed scores, and what was made beside them, for the findings. No model is loaded.
+
+One shard is in memory at a time; of its tokens only the advantage (4 bytes) and its place (1 byte) stay.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import polars as pl
+
+from fire_data.diagnose import Facts, Finding, Weighed, diagnose, measure, merge
+from fire_data.diagnose.measure import COLUMNS, HISTORY_COLUMNS, TOPK, history
+from fire_data.diagnose.responses import summary
+from fire_data.run import Run
+from fire_data.schemas.errors import DataError
+from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.shards import Part, is_sealed, read_shard, sealed
+from fire_data.stages import Reporter, Silent
+
+EARLIER = 4  # rounds just before this one that it is compared with, besides the first
+
+
+def last_scored(run: Run) -> int:
+    """The newest round with sealed scores; without any, the one that has rollouts to be scored."""
+    found = [n for n in run.rounds() if is_sealed(run.part("scores", n))]
+    return found[-1] if found else run.last_round()
+
+
+def diagnose_round(run: Run, round: int, name: str | None = None, report: Reporter | None = None) -> list[Finding]:
+    """The findings of a round. `name`: weights whose filter is looked at; None: the trained ones, if they are sealed.
+
+    Raises IncompleteError with the command that is missing, DataError if tables are about different trajectories.
+    """
+    report = report or Silent()
+    rollouts = sealed(run.part("rollouts", round))
+    part = run.part("scores", round)
+    scores = sealed(part)
+    beside = [(p, sealed(p), columns) for p, columns in _beside(run, round, scores, name)]
+    report.start(part.label, sum(r.rows for r in scores.shards), "rows")
+    parts = []
+    for i, receipt in enumerate(scores.shards):
+        frame = _read(part, receipt, COLUMNS)
+        for other, manifest, columns in beside:
+            frame = _joined(frame, other, manifest.shards[i], columns)
+        parts.append(measure(frame))
+        report.advance(receipt.rows)
+    weights = next(((p, m) for p, m, _ in beside if p.stage == "weights"), None)
+    return diagnose(merge(parts), _facts(run, round, rollouts, scores, weights))
+
+
+def _beside(run: Run, round: int, scores: Manifest, name: str | None) -> Iterator[tuple[Part, tuple[str, ...]]]:
+    """Sealed tables that are row by row like the scores, and the columns that are wanted of them."""
+    weights = run.part("weights", round, name)
+    if name is not None or is_sealed(weights):
+        yield weights, ("keep",)
+    topk = run.part("addons", round, "topk")
+    if is_sealed(topk) and sealed(topk).fields.get("rollouts") == scores.fields["rollouts"]:
+        yield topk, TOPK
+
+
+def _read(part: Part, receipt: Receipt, columns: tuple[str, ...]) -> pl.DataFrame:
+    frame = pl.from_arrow(read_shard(part, receipt, list(columns)))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
+
+
+def _joined(frame: pl.DataFrame, part: Part, receipt: Receipt, columns: tuple[str, ...]) -> pl.DataFrame:
+    other = _read(part, receipt, ("trajectory_id", *columns))
+    if not other["trajectory_id"].equals(frame["trajectory_id"]):
+        text = f"{part.stage} and scores are about different trajectories"
+        raise DataError(text, where=f"{part.label}, shard {receipt.shard}", fix=f"{part.command} --redo")
+    return frame.hstack(other.drop("trajectory_id"))
+
+
+def _facts(run: Run, round: int, rollouts: Manifest, scores: Manifest, weights: tuple[Part, Manifest] | None) -> Facts:
+    sampled = rollouts.fields.get("rollout") or {}
+    size = (scores.fields.get("vocabulary") or {}).get("size")
+    templates = (rollouts.fields.get("template"), scores.fields.get("template"))
+    return Facts(
+        run=shlex.quote(str(run.root)),
+        round=round,
+        seed=run.config.seed,
+        batch_size=run.config.train.batch_size,
+        sampling={k: sampled[k] for k in ("temperature", "top_p", "top_k")} if sampled else None,
+        vocabulary_size=size,
+        tokenizers=scores.recorded.get("tokenizers"),
+        templates=(str(templates[0]), str(templates[1])) if all(templates) else None,
+        dtypes={who: scores.fields[who]["dtype"] for who in ("student", "teacher") if who in scores.fields},
+        entropy_kind=scores.recorded.get("entropy_kind"),
+        weighed=Weighed(str(weights[0].name), filters(weights[1].fields.get("rule"))) if weights else None,
+        earlier=tuple(_earlier(run, round)),
+    )
+
+
+def filters(record: Any) -> bool:
+    """Whether a manifest's rule drops what is below a quantile: a guard may find nothing, a quantile must.
+
+    A soft filter has a percentile and weighs by it. Composed rules hold the records of their components.
+    """
+    if isinstance(record, list | tuple):
+        return any(filters(r) for r in record)
+    if not isinstance(record, dict):
+        return False
+    below = record.get("percentile")
+    mine = record.get("name") not in _SOFT and isinstance(below, int | float) and below > 0
+    return mine or filters(record.get("rules"))
+
+
+_SOFT = ("soft-filter",)
+
+
+def _earlier(run: Run, round: int) -> Iterator[dict[str, Any]]:
+    """Summaries of the first round and of those just before this one, as far as they are scored."""
+    before = [n for n in run.rounds() if n < round and is_sealed(run.part("scores", n))]
+    for number in sorted({*before[:1], *before[-EARLIER:]}):
+        part = run.part("scores", number)
+        frames = (_read(part, receipt, HISTORY_COLUMNS) for receipt in sealed(part).shards)
+        yield summary(history(frames), number)

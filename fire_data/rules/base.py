@@ -241,6 +241,18 @@ def require(rule: Rule, holds: bool, otherwise: str, fix: str | None = None) -> 
         raise ConfigError(otherwise, where=f"rule {rule.name}", fix=fix or f"fire rules {rule.name}")
 
 
+def require_percentile(rule: Rule, name: str = "percentile") -> None:
+    """Raise ConfigError unless a parameter lies between 0 and 100."""
+    value = getattr(rule, name)
+    require(rule, 0 <= value <= 100, f"{name} must lie between 0 and 100, not {value}")
+
+
+def require_fraction(rule: Rule, name: str = "keep_fraction") -> None:
+    """Raise ConfigError unless a parameter lies above 0 and at most at 1."""
+    value = getattr(rule, name)
+    require(rule, 0 < value <= 1, f"{name} must lie above 0 and at most at 1, not {value}")
+
+
 def scope_keys(scope: Scope, by: str | None = None) -> list[str]:
     """The columns whose equal values form one population of `scope`."""
     return [*_KEYS[scope], *([by] if by else [])]

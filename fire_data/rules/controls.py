@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 
 import polars as pl
 
-from fire_data.rules.base import STEP, Parts, Rule, RuleEntry, Stats, chance
-from fire_data.schemas.errors import ConfigError
+from fire_data.rules.base import STEP, Parts, Rule, RuleEntry, Stats, chance, require
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class Random(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.match == self.name:
-            raise ConfigError("random cannot match itself", where="rule random", fix="--set weigh.params.match=fire")
+        require(self, self.match != self.name, "random cannot match itself", "-p match=fire")
 
     @property
     def matched(self) -> Rule:

@@ -23,6 +23,7 @@ from fire_data.rules.base import (
     mean_advantage,
     mean_of,
     require,
+    require_percentile,
     right,
     top,
 )
@@ -178,7 +179,7 @@ class LengthGuard(Rule):
     scope: Scope = "step"
 
     def __post_init__(self) -> None:
-        _require_percentile(self, self.percentile)
+        require_percentile(self)
         require(self, self.longest is None or self.longest >= 1, f"longest must be at least 1, not {self.longest}")
 
     def statistics(self) -> tuple[Statistic, ...]:
@@ -243,7 +244,7 @@ class PromptScore(Rule):
     scope: Literal["step", "round"] = "step"
 
     def __post_init__(self) -> None:
-        _require_percentile(self, self.percentile)
+        require_percentile(self)
 
     def statistics(self) -> tuple[Statistic, ...]:
         score, at = mean_of("teacher_logprob"), self.percentile / 100
@@ -259,10 +260,6 @@ class PromptScore(Rule):
     def parts(self) -> Parts:
         reason = f"{self.of} mean teacher_logprob of the prompt below the {self.percentile:g} % quantile of prompts"
         return Parts(keep=pl.col("prompt_score") >= pl.col("prompt_limit"), reason=reason)
-
-
-def _require_percentile(rule: Rule, percentile: float) -> None:
-    require(rule, 0 <= percentile <= 100, f"percentile must lie between 0 and 100, not {percentile}")
 
 
 ENTRIES: dict[str, RuleEntry] = {

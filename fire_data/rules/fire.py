@@ -13,9 +13,8 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
-from fire_data.rules.base import Mean, Parts, Rule, RuleEntry, Statistic, mean_of
+from fire_data.rules.base import Mean, Parts, Rule, RuleEntry, Statistic, mean_of, require, require_percentile
 from fire_data.schemas.config import Scope
-from fire_data.schemas.errors import ConfigError
 
 _SMALLEST_LIMIT = 1e-6  # of the reference code: what an entropy is divided by is at least this
 
@@ -49,13 +48,11 @@ class Fire(Rule):
 
     def __post_init__(self) -> None:
         for name in ("percentile", "normaliser_percentile"):
-            if not 0 <= getattr(self, name) <= 100:
-                raise ConfigError(f"{name} must lie between 0 and 100, not {getattr(self, name)}", where="rule fire")
-        if self.alpha < 0 or self.beta < 0:
-            raise ConfigError("alpha and beta must not be negative", where="rule fire")
-        if self.normaliser == "log_vocabulary" and (self.vocabulary_size or 0) < 2:
-            fix = "-p vocabulary_size=151936, the vocabulary of the models"
-            raise ConfigError("normaliser log_vocabulary needs vocabulary_size", where="rule fire", fix=fix)
+            require_percentile(self, name)
+        require(self, self.alpha >= 0 and self.beta >= 0, "alpha and beta must not be negative")
+        sized = self.normaliser != "log_vocabulary" or (self.vocabulary_size or 0) > 1
+        fix = "-p vocabulary_size=151936, the vocabulary of the models"
+        require(self, sized, "normaliser log_vocabulary needs vocabulary_size", fix)
 
     @property
     def mean(self) -> Mean | None:

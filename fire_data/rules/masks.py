@@ -13,7 +13,17 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
-from fire_data.rules.base import Parts, Rule, RuleEntry, Statistic, noise, plain_advantage, require, top
+from fire_data.rules.base import (
+    Parts,
+    Rule,
+    RuleEntry,
+    Statistic,
+    noise,
+    plain_advantage,
+    require,
+    require_fraction,
+    top,
+)
 from fire_data.schemas.config import Scope
 
 Choice = tuple[tuple[Statistic, ...], pl.Expr]
@@ -36,7 +46,7 @@ class Tip(Rule):
     scope: Scope = "step"
 
     def __post_init__(self) -> None:
-        _require_fraction(self, "keep_fraction", self.keep_fraction)
+        require_fraction(self)
 
     def statistics(self) -> tuple[Statistic, ...]:
         ends = [
@@ -74,7 +84,7 @@ class Dial(Rule):
 
     def __post_init__(self) -> None:
         require(self, 0 <= self.beta <= 2, f"beta must lie between 0 and 2, not {self.beta}")
-        _require_fraction(self, "keep_fraction", self.keep_fraction)
+        require_fraction(self)
 
     def statistics(self) -> tuple[Statistic, ...]:
         return self._chosen()[0]
@@ -111,7 +121,7 @@ class Prefix(Rule):
         require(self, self.tokens is not None or self.fraction is not None, "give tokens or fraction, or both")
         require(self, self.tokens is None or self.tokens >= 1, f"tokens must be at least 1, not {self.tokens}")
         if self.fraction is not None:
-            _require_fraction(self, "fraction", self.fraction)
+            require_fraction(self, "fraction")
 
     def parts(self) -> Parts:
         inside = [] if self.tokens is None else [pl.col("position") < self.tokens]
@@ -138,7 +148,7 @@ class Sparse(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_fraction(self, "tail", self.tail)
+        require_fraction(self, "tail")
 
     def statistics(self) -> tuple[Statistic, ...]:
         return tuple(statistic for statistics, _ in self._choices() for statistic in statistics)
@@ -184,7 +194,7 @@ class Reopold(Rule):
 
     def __post_init__(self) -> None:
         require(self, 0 < self.mixture < 1, f"mixture must lie between 0 and 1, not {self.mixture}")
-        _require_fraction(self, "entropy_fraction", self.entropy_fraction)
+        require_fraction(self, "entropy_fraction")
         starts = self.switch_round is None or self.switch_round >= 0
         require(self, starts, f"switch_round must not be negative, it is {self.switch_round}")
 
@@ -221,7 +231,7 @@ class RandomTokens(Rule):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_fraction(self, "keep_fraction", self.keep_fraction)
+        require_fraction(self)
 
     def statistics(self) -> tuple[Statistic, ...]:
         return self._chosen()[0]
@@ -237,10 +247,6 @@ def _scaled(signal: str) -> pl.Expr:
     """`signal` from 0 at its minimum to 1 at its maximum, 0 where these are equal."""
     low, high = pl.col(f"min_{signal}"), pl.col(f"max_{signal}")
     return pl.when(high > low).then((pl.col(signal) - low) / (high - low)).otherwise(0.0)
-
-
-def _require_fraction(rule: Rule, name: str, value: float) -> None:
-    require(rule, 0 < value <= 1, f"{name} must lie above 0 and at most at 1, not {value}")
 
 
 ENTRIES: dict[str, RuleEntry] = {

@@ -13,7 +13,17 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
-from fire_data.rules.base import Parts, Rule, RuleEntry, Statistic, WeightRule, mean_of, plain_advantage, require
+from fire_data.rules.base import (
+    Parts,
+    Rule,
+    RuleEntry,
+    Statistic,
+    WeightRule,
+    mean_of,
+    plain_advantage,
+    require,
+    require_percentile,
+)
 from fire_data.schemas.config import Normalise, Scope
 
 
@@ -33,7 +43,7 @@ class KeepCorrections(Rule):
     by: Literal["teacher"] | None = None
 
     def __post_init__(self) -> None:
-        _require_percentile(self, self.percentile)
+        require_percentile(self)
 
     def statistics(self) -> tuple[Statistic, ...]:
         return (_score_limit(self.percentile, self.scope, self.by),)
@@ -87,7 +97,7 @@ class SoftFilter(WeightRule):
     normalise: Normalise = "step"
 
     def __post_init__(self) -> None:
-        _require_percentile(self, self.percentile)
+        require_percentile(self)
         require(self, 0 < self.width < math.inf, f"width must be positive and finite, not {self.width}")
 
     def statistics(self) -> tuple[Statistic, ...]:
@@ -104,10 +114,6 @@ def _score_limit(percentile: float, scope: Scope, by: Literal["teacher"] | None 
     """FiRe's threshold: the quantile of the trajectories' mean teacher_logprob."""
     score, at = mean_of("teacher_logprob"), percentile / 100
     return Statistic("score_limit", score, "quantile", scope=scope, of="trajectories", at=at, by=by)
-
-
-def _require_percentile(rule: Rule, percentile: float) -> None:
-    require(rule, 0 <= percentile <= 100, f"percentile must lie between 0 and 100, not {percentile}")
 
 
 ENTRIES: dict[str, RuleEntry] = {

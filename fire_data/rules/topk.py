@@ -26,6 +26,7 @@ from fire_data.rules.base import (
     WeightRule,
     plain_advantage,
     require,
+    require_fraction,
     top,
 )
 from fire_data.rules.candidates import CROSS, LISTS, SAMPLED, Missing, per_token
@@ -63,8 +64,8 @@ class TaOpd(Rule):
     floor: float = 1e-12
 
     def __post_init__(self) -> None:
-        _check_share(self, "keep_fraction", self.keep_fraction)
-        _check_share(self, "floor", self.floor)
+        require_fraction(self)
+        require_fraction(self, "floor")
 
     def derived(self) -> dict[str, pl.Expr]:
         lists = (*LISTS, *(CROSS if self.missing == "exact" else ()))
@@ -158,7 +159,7 @@ class Ier(Rule):
     least_probability: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_share(self, "keep_fraction", self.keep_fraction)
+        require_fraction(self)
         missing, clip, least = self.missing_logprob, self.clip, self.least_probability
         require(self, -math.inf < missing < 0, f"missing_logprob must be a negative number, not {missing}")
         require(self, 0 < clip < math.inf, f"clip must be a positive number, not {clip}")
@@ -216,7 +217,7 @@ class PruneOpd(WeightRule):
     base: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_share(self, "threshold", self.threshold)
+        require_fraction(self, "threshold")
         for parameter, value in (("drop", self.drop), ("base", self.base)):
             require(self, 0 <= value < math.inf, f"{parameter} must be a positive number or 0, not {value}")
 
@@ -227,10 +228,6 @@ class PruneOpd(WeightRule):
             event = per_token(partial(candidates.rejected, self.threshold), *LISTS[2:], "response_ids") > 0
         events = event.cast(pl.Float64).cum_sum().over(ROW)
         return Parts(weight=self.base + (1.0 - self.drop * events).clip(0.0, 1.0))
-
-
-def _check_share(rule: Rule, parameter: str, value: float) -> None:
-    require(rule, 0 < value <= 1, f"{parameter} must be above 0 and at most 1, not {value}")
 
 
 ENTRIES: dict[str, RuleEntry] = {

@@ -136,7 +136,10 @@ def score(
         manifest = step(Session(opened, terminal), number, add=add or (), redo=redo)
     added = {name: sealed(opened.part("addons", number, name)).stats for name in opened.addons(number)}
     show_one({"round": number, **manifest.stats, **added}, as_json)
-    hint("fire", "weigh", run)
+    from fire_data.overview import next_command
+
+    following = next_command(opened)
+    hint(*((following,) if " --add " in following else ("fire", "weigh", run)))
 
 
 @app.command()

@@ -6,6 +6,9 @@ from typing import Any
 
 import typer
 
+from fire_data.schemas.errors import ConfigError
+
+from .errors import say
 from .terminal import show, show_one, text
 
 
@@ -13,7 +16,12 @@ def show_rules(as_json: bool) -> None:
     """One row per rule: what it changes, over which population, if it goes stale, what must be there beside scores."""
     from fire_data.rules import describe_rule, rule_names
 
-    described = [describe_rule(n) for n in rule_names()]
+    described = []
+    for name in rule_names():
+        try:
+            described.append(describe_rule(name))
+        except ConfigError as error:  # an installed package that is broken must not hide the others
+            say(f"warning: {error}")
     columns = ("name", "changes", "scope", "stale", "adds", "paper", "what")
     titles = {"paper": "arXiv", "adds": "beside scores"}
     rows = [{titles.get(k, k): d[k] for k in columns} for d in described]

@@ -35,7 +35,7 @@ def init_run(root: Path, values: dict[str, Any]) -> Run:
     if root.exists() and not root.is_dir():
         raise ConfigError("this is a file, not a folder", where=str(root), fix="fire init ANOTHER_FOLDER")
     anchored = _anchored(values, Path.cwd(), root)
-    parse_config(anchored, str(target))
+    Run(root, parse_config(anchored, str(target))).rule()
     if not files.create_bytes(target, render_config(anchored).encode(), root / ".fire" / "tmp"):
         raise taken
     return open_run(root)
@@ -47,10 +47,11 @@ def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
 
     Changes beyond weighing and training change the trajectories: then nothing is shared but the settings.
     """
-    values = source.config.model_dump(mode="json")
+    # What is new was named here, the rest where the source is.
+    values = _anchored(source.config.model_dump(mode="json"), source.root, Path.cwd())
     for section, fields in changes.items():
         values[section] = {**(values[section] or {}), **fields} if isinstance(fields, dict) else fields
-    run = init_run(root, _anchored(values, source.root, Path.cwd()))
+    run = init_run(root, values)
     shared = [*_SHARED, *(("addons", 0, name) for name in ADDONS)] if changes.keys() <= _OWN else []
     for place in shared:
         _link(source.part(*place), run.part(*place))
@@ -105,18 +106,28 @@ def with_rule(
 ) -> Run:
     """The run with another rule than its configuration's; a new rule does not inherit the old one's parameters."""
     given: dict[str, Any] = {}
-    # A file on the command line is named from here, one in fire.yaml from the run.
-    rule = None if rule is None else own.moved(rule, lambda file: str(Path.cwd() / file))
+
+    def moved(text: str) -> str:
+        """A file on the command line is named from here, one in fire.yaml from the run."""
+        return own.moved(text, lambda file: str(Path.cwd() / file))
+
+    rule = None if rule is None else moved(rule)
     if rule is not None and rule != run.config.weigh.rule:
         given |= {"rule": rule, "params": {}, "name": None, "scope": None, "denominator": None}
     given |= {k: v for k, v in {"name": name, "scope": scope, "denominator": denominator}.items() if v is not None}
     values = run.config.model_dump(mode="json")
     values["weigh"] |= given
+    twice = next(
+        (t for i, t in enumerate(params) if t.partition("=")[0] in [p.partition("=")[0] for p in params[:i]]), None
+    )
+    if twice is not None:
+        raise ConfigError(f"--param {twice.partition('=')[0]} is there twice", fix="give it once")
     for text in params:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"--param takes key=value, not {text!r}", fix="-p percentile=30")
-        values["weigh"]["params"][key] = parse_yaml(value, f"the value of --param {key}")
+        made = parse_yaml(value, f"the value of --param {key}")
+        values["weigh"]["params"][key] = moved(made) if key == "match" and isinstance(made, str) else made
     # What is trained stays what fire.yaml says: another rule on the command line is there to compare.
     values["train"]["weights"] = run.config.trained_weights
     return dataclasses.replace(run, config=parse_config(values, "the command line"))

@@ -9,7 +9,7 @@ from typing import Any
 from fire_data import files
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
-from fire_data.schemas.manifest import Receipt
+from fire_data.schemas.manifest import Manifest, Receipt
 from fire_data.shards import VERBS, Part, intact, is_sealed, read_manifest, read_receipt
 from fire_data.stages import Reporter, set_stage_aside
 
@@ -62,14 +62,23 @@ def status(run: Run) -> list[dict[str, Any]]:
 def next_command(run: Run) -> str:
     """The command that brings the run on: the first stage of the current round that is not sealed."""
     number = run.current_round()
-    added = [(number, name) for name in run.config.score.add]
+    added = [(number, name) for name in _addons(run)]
     places = [(stage, *place) for stage in STAGES for place in (added if stage == "addons" else [(number, None)])]
     part = next(p for place in places if not is_sealed(p := run.part(*place)))
     if number and part.stage == "rollouts" and not part.manifest_path.exists():
         return shlex.join(["fire", "run", str(run.root), "--rounds", str(number + 1)])
+    if part.stage == "addons" and part.name not in run.config.score.add:
+        return shlex.join(["fire", "score", str(run.root), "--add", str(part.name)])
     if part.stage == "weights" and part.name != run.config.weights_name:
         return part.command
     return shlex.join(["fire", VERBS[part.stage], str(run.root)])
+
+
+def _addons(run: Run) -> tuple[str, ...]:
+    try:
+        return run.needed_addons()
+    except ConfigError:  # a rule that cannot be is for `fire weigh` to tell
+        return run.config.score.add
 
 
 def check(run: Run) -> list[dict[str, Any]]:
@@ -151,7 +160,17 @@ def _lineage(run: Run, stage: str, number: int, name: str | None) -> bool:
     """Whether the checkpoint is made from it: weights may be there to compare, addons for such weights."""
     if stage == "addons":
         return _uses(run.part("weights", number), name) or _uses(run.part("checkpoints", number), name)
-    return stage != "weights" or name == run.config.trained_weights
+    if stage != "weights":
+        return True
+    checkpoint = _manifest(run.part("checkpoints", number))
+    return name == (checkpoint.fields.get("weights") if checkpoint else run.config.trained_weights)
+
+
+def _manifest(part: Part) -> Manifest | None:
+    try:
+        return read_manifest(part)
+    except DataError:
+        return None
 
 
 def _follows(part: Part, stage: str, name: str | None, lineage: bool) -> bool:

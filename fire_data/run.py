@@ -6,6 +6,7 @@ because Polars reads most single-bit flips in a Parquet file as other numbers wi
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import polars as pl
 
+from fire_data.rules import Rule, make_rule, own
 from fire_data.schemas.config import Config, ModelConfig, load_config
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
 from fire_data.schemas.manifest import Manifest
-from fire_data.schemas.tables import ADDONS
+from fire_data.schemas.tables import ADDONS, addon_of
 from fire_data.shards import Part, is_sealed, sealed, verify_shard
 
 STAGES = ("rollouts", "scores", "addons", "weights", "checkpoints")
@@ -121,6 +123,24 @@ class Run:
         sealed(self.part("checkpoints", round - 1))
         folder = self.part("checkpoints", round - 1).folder.resolve()
         return self.config.student.model_copy(update={"model": str(folder), "revision": None})
+
+    def rule(self) -> Rule:
+        """The configured rule; a file is named relative to the run. Raises ConfigError for what is no rule."""
+        cfg, root = self.config.weigh, self.root.resolve()
+
+        def here(text: str) -> str:
+            return own.moved(text, lambda file: os.path.normpath(root / file))
+
+        params = dict(cfg.params)
+        if isinstance(params.get("match"), str):  # of the rule `random`: another rule
+            params["match"] = here(params["match"])
+        return make_rule(here(cfg.rule) if isinstance(cfg.rule, str) else cfg.rule, params, cfg.scope)
+
+    def needed_addons(self) -> tuple[str, ...]:
+        """The addons that a round needs: those of `score.add`, and what the rule reads. Raises as `rule`."""
+        rule = self.rule()
+        columns = (*rule.columns, *(rule.matched.columns if rule.matched else ()))
+        return tuple(dict.fromkeys((*self.config.score.add, *(a for c in columns if (a := addon_of(c)) is not None))))
 
     def base(self) -> ModelConfig:
         """The reference model of `base_logprob`: by default the given student, in every round."""

@@ -24,7 +24,10 @@ Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
 Addon = Literal["topk", "base", "pass-rate"]
 Normalise = Literal["none", "trajectory", "group", "step", "round"]
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # a folder under weights/, not a path
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$"  # a folder under weights/, not a path
+# A rule's components: a file, which may hold a + if it begins with a slash or a dot, or a name.
+_COMPONENT = re.compile(r"((?:\.{0,2}/|~).*?\.py(?::\w+)?(?=\+|$)|[^+]*)(?:\+|$)")
+RULE_PARTS = ("keep", "weight", "advantage", "token_keep")
 _LARGEST = 100_000  # values in a fire.yaml, aliases counted as often as they are used
 
 
@@ -246,15 +249,28 @@ class Config(Section):
     def weights_name(self) -> str:
         """The folder under `weights/` that `weigh` writes."""
         rule = self.weigh.rule
-        if self.weigh.name or not isinstance(rule, str) or "=" in rule:
+        if self.weigh.name or not isinstance(rule, str) or is_expression(rule):
             return self.weigh.name or "expression"
         # A rule of a file, `path/mine.py:Sharp` or `path/mine.py`, is called by its class, else by its file.
-        return re.sub(r"[^+]*?([\w-]+)\.py(?::(\w+))?(?=\+|$)", lambda m: (m[2] or m[1]).lower(), rule)
+        names = [re.sub(r"^.*?([^/]+?)\.py(?::(\w+))?$", lambda m: (m[2] or m[1]).lower(), n) for n in split_rule(rule)]
+        return re.sub(r"[^A-Za-z0-9._+-]", "-", "+".join(names))
 
     @property
     def trained_weights(self) -> str:
         """The folder under `weights/` that `train` executes: the lineage of the run."""
         return self.train.weights or self.weights_name
+
+
+def split_rule(text: str) -> list[str]:
+    """The components of a rule's text: `fire+mine.py:Sharp` is two. A path with a + in it begins with / or ./."""
+    pieces = [m[1].strip() for m in _COMPONENT.finditer(text)]
+    return pieces if text.endswith("+") or len(pieces) == 1 else pieces[:-1] if pieces[-1] == "" else pieces
+
+
+def is_expression(text: str) -> bool:
+    """True for `weight = ...; keep = ...`, which is no name of a rule; a path may hold an equals sign."""
+    first = text.partition("=")[0].strip()
+    return "=" in text and (first in RULE_PARTS or ".py" not in text)
 
 
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:

@@ -20,11 +20,11 @@ import pytest
 import fire_data as fd
 from fire_data import weighing
 from fire_data.compare import COLUMNS, DEFAULT, PLACES, Asked, Tally, late_from, parse_rules, plot
+from fire_data.prepare import Pieces, Weighing, prepare
 from fire_data.rules import make_rule
 from fire_data.run import Run
 from fire_data.schemas.errors import ConfigError
 from fire_data.steps.compare import compare, write_plot
-from fire_data.weighing import Pieces, Weighing
 
 from .conftest import Answer, flip, shard_files
 from .ragged import ragged
@@ -51,7 +51,7 @@ def tallied(frame: pl.DataFrame, names: Sequence[str], size: int | None = None, 
     lengths = frame["student_logprob"].list.len()
     tally = Tally(names, int(lengths.sum()), late_from(lengths) if late is None else late)
     works = {n: Weighing(make_rule(*SPECS[n]), BATCH) for n in names}
-    tables = {n: Pieces(weighing.prepare(frame.lazy(), w), size) for n, w in works.items()}
+    tables = {n: Pieces(prepare(frame.lazy(), w), size) for n, w in works.items()}
     fitted = {n: weighing.fit(tables[n], w) for n, w in works.items()}
     for i in range(len(tables[names[0]])):
         shard = tables[names[0]].read(i, COLUMNS, "shard")
@@ -214,7 +214,7 @@ def test_a_rule_that_falls_out_leaves_the_others_as_they_are() -> None:
     names = ["uniform", "fire", "sign"]
     part = Tally(names, int(frame["response_ids"].list.len().sum()), whole.late)
     works = {n: Weighing(make_rule(n), BATCH) for n in names}
-    table = Pieces(weighing.prepare(frame.lazy(), works["fire"]), 10)
+    table = Pieces(prepare(frame.lazy(), works["fire"]), 10)
     for i in range(len(table)):
         present = [n for n in names if n != "fire" or i == 0]
         weights = [(n, weighing.apply(table, i, works[n], weighing.fit(table, works[n]))) for n in present]
@@ -259,7 +259,7 @@ def test_late_positions_are_those_after_three_quarters_of_the_tokens(lengths: li
         ("a+b", "a+b", {}, ()),
         ("a[p=1]+b[p=2]", "a+b", {"a.p": 1, "b.p": 2}, ("a.p=1", "b.p=2")),
         ("a+b[a.p=1,normalise=none]", "a+b", {"a.p": 1, "normalise": "none"}, ("a.p=1", "normalise=none")),
-        ("a/x+y.py:Sharp[p=1e+2]", "a/x+y.py:Sharp", {"p": "1e+2"}, ("p=1e+2",)),
+        ("./a/x+y.py:Sharp[p=1e+2]", "./a/x+y.py:Sharp", {"p": "1e+2"}, ("p=1e+2",)),
         ("weight = teacher_entropy.clip(0, 1); keep = length > 3", None, {}, ()),
     ],
 )
@@ -379,7 +379,7 @@ def test_a_missing_column_is_told_with_its_command_and_does_not_stop_the_others(
     assert "exopd cannot be computed" in shown.out
     assert lost["exopd"]["fix"] in shown.out
     alone = fire("compare", fake.root, "--rules", "exopd")
-    assert alone.code == 2
+    assert alone.code == 4
     assert alone.fix == lost["exopd"]["fix"]
 
 

@@ -85,15 +85,30 @@ def test_a_parameter_goes_to_the_component_that_has_it() -> None:
         ("fire+soft-filter", {"percentile": 3}, "both have a parameter 'percentile'"),
         ("fire+tip", {"fire.percentil": 3}, "did you mean 'percentile'"),
         ("fire+tip", {"nosuch": 3}, "no parameter 'nosuch'"),
-        ("pw-opsd+fire-released", {}, ""),
     ],
 )
 def test_what_cannot_be_composed_is_refused(name: str, params: dict[str, Any], words: str) -> None:
-    if not words:
-        assert make_rule(name, params).denominator == "sequences"
-        return
     with pytest.raises(ConfigError, match=words):
         make_rule(name, params)
+
+
+def test_a_composition_has_the_denominator_of_its_parts() -> None:
+    assert make_rule("pw-opsd+fire-released").denominator == "sequences"
+    assert make_rule("fire+tip").denominator == "tokens"
+
+
+def test_a_composition_has_the_scopes_of_its_parts_and_of_its_normalisation() -> None:
+    assert make_rule("tip+prompt-gate").scopes == ("group", "step")
+    assert not make_rule("verified-only+iw-opd").uses_groups
+    assert make_rule("verified-only+iw-opd", {"normalise": "group"}).uses_groups
+
+
+def test_what_is_normalised_over_needs_a_normalisation() -> None:
+    with pytest.raises(ConfigError, match="they are not normalised"):
+        make_rule("verified-only+tip", {"normalise_over": "kept"})
+    mine = _rows("pw-opsd+verified-only", normalise_over="kept", **{"pw-opsd.normalise": "round"})
+    kept = np.concatenate([np.array(w) for w, k in zip(mine["weight"].to_list(), mine["keep"], strict=True) if k])
+    assert kept.mean() == pytest.approx(1, rel=1e-5)
 
 
 def test_a_composition_is_recorded_with_all_its_parameters(
@@ -111,6 +126,6 @@ def test_a_composition_is_recorded_with_all_its_parameters(
     assert [r["name"] for r in rule["rules"]] == ["fire", "length-guard"]
     assert rule["rules"][0]["percentile"] == 30
     assert rule["normalise"] == {"scope": "step", "over": "all", "by": None}
-    assert {"fire/threshold", "length-guard/longest_allowed"} & manifest.stats["rule"].keys()
+    assert {"fire/threshold", "length-guard/length_limit"} <= manifest.stats["rule"].keys()
     status = fire("status", run.root, "--json").json
     assert "weights/fire+length-guard" in [row["stage"] for row in status]

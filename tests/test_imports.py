@@ -21,8 +21,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
         "schedule", "sampling", "verify", "frames", "vocabulary", "signals", "topk", "loss", "packing", "batch",
-        "weighing", "rules", "rules.base", "rules.tokens", "rules.statistics", "rules.evaluate", "rules.compose",
-        "rules.own", "rules.fire", "rules.controls", "rules.repairs", "rules.filters", "rules.weights", "rules.masks",
+        "prepare", "summary", "weighing", "rules", "rules.base", "rules.tokens", "rules.statistics", "rules.evaluate",
+        "rules.compose", "rules.own", "rules.fire", "rules.controls", "rules.repairs", "rules.filters",
+        "rules.weights", "rules.masks",
         "rules.advantages", "rules.candidates", "rules.topk", "rules.forward_kl", "rules.expression",
         "diagnose", "diagnose.auroc", "diagnose.checks", "diagnose.finding", "diagnose.measure", "diagnose.premise",
         "diagnose.responses", "diagnose.signals", "compare", "compare.asked", "compare.plot", "compare.tally",

@@ -81,8 +81,8 @@ def test_a_rule_in_a_file_runs_in_every_command(
 def test_a_rule_in_fire_yaml_is_named_relative_to_the_run(
     tmp_path: Path, make_fake_run: Callable[..., Any], fire: Callable[..., Any]
 ) -> None:
-    run = make_fake_run(tmp_path / "run", weigh={"rule": "../mine.py:Sharp", "params": {"gain": 2}})
     _file(tmp_path, SHARP)
+    run = make_fake_run(tmp_path / "run", weigh={"rule": "../mine.py:Sharp", "params": {"gain": 2}})
     for command in ("rollout", "score", "weigh"):
         answer = fire(command, run.root)
         assert answer.code == 0, answer.err
@@ -112,7 +112,20 @@ def test_a_changed_rule_is_another_rule(
         (_body("Parts(advantage=pl.lit(None))"), DataError, "advantage is not finite"),
         (_body("Parts(advantage=S * 1e300)"), DataError, "not finite"),
         (_body('Parts(token_keep=pl.when(pl.col("position") > 0).then(True))'), DataError, "neither true nor false"),
-        (_body("Parts(weight=S / S.max())"), ConfigError, "aggregates over the table"),
+        (_body("Parts(weight=S / S.max())"), ConfigError, "aggregates over the table \\(max\\)"),
+        (_body("Parts(keep=pl.col('length') >= pl.len())"), ConfigError, "aggregates over the table \\(len\\)"),
+        (_body("Parts(weight=S / S.max().over('step'))"), ConfigError, "over neither '_row' nor '_group'"),
+        (_body("Parts(weight=S.shift(1).fill_null(0))"), ConfigError, "depends on which rows are read together"),
+        (_body("Parts(weight=2.0)"), ConfigError, "weight is 2.0, not an expression"),
+        (_body("Parts(keep=pl.lit(None))"), DataError, "keep of the rule mine is neither true nor false"),
+        (_body("Parts(weight=pl.lit(1e30), advantage=pl.lit(1e30))"), DataError, "coefficient is not finite"),
+        (_body("Parts(weight=S.map_batches(lambda s: 1 / 0))"), ConfigError, "ZeroDivisionError|cannot be computed"),
+        ("raise SystemExit(0)\n", ConfigError, "line 7: SystemExit"),
+        (SHARP.replace('"max"', '"median"'), ConfigError, "reduce of a statistic is one of"),
+        (SHARP.replace('"max")', '"max", "batch")'), ConfigError, "scope of a statistic is one of"),
+        (SHARP.replace('"max")', '"quantile")'), ConfigError, "a quantile needs `at`"),
+        (SHARP.replace('"highest"', '"_highest"'), ConfigError, "begins with _"),
+        (SHARP.replace("gain: float = 1.0", "gain: pl.Expr = None"), ConfigError, "type that cannot be checked"),
         (_body('Parts(weight=pl.col("prompt_id"))'), ConfigError, "gives String"),
         (_body("Parts(keep=S > 1)"), ConfigError, "once per trajectory"),
         (_body("Parts(weight=1 / 0)"), ConfigError, "line 10: ZeroDivisionError"),
@@ -142,7 +155,8 @@ def test_a_mistake_names_the_file_or_the_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nosuch.py", "nosuch.py:Rule", "."])
 def test_a_file_that_is_not_there_is_told(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError):
+    words = "no rule '.'" if name == "." else "cannot be read: No such file"
+    with pytest.raises(ConfigError, match=words):
         make_rule(f"{tmp_path}/{name}" if name != "." else ".")
 
 
@@ -153,6 +167,43 @@ def test_a_file_of_several_rules_needs_the_class(tmp_path: Path) -> None:
     assert make_rule(f"{name}:Sharper").name == "sharper"
     with pytest.raises(ConfigError, match="there is no Blunt"):
         make_rule(f"{name}:Blunt")
+
+
+def test_two_rules_of_one_name_are_not_one(tmp_path: Path) -> None:
+    one, other = _file(tmp_path, SHARP, "one.py"), _file(tmp_path, SHARP, "other.py")
+    named = _file(tmp_path, SHARP.replace("    gain", "    name = 'fire'\n    gain"), "named.py")
+    for text in (f"{one}+{other}", f"fire+{named}"):
+        with pytest.raises(ConfigError, match="two of the rules are called"):
+            make_rule(text)
+
+
+@pytest.mark.parametrize("folder", ["lr=1e-5", "a+b", "with blank", "x=1+y"])
+def test_a_path_may_hold_what_paths_hold(
+    tmp_path: Path, folder: str, make_fake_run: Callable[..., Any], fire: Callable[..., Any]
+) -> None:
+    place = tmp_path / folder
+    place.mkdir()
+    _file(place, SHARP)
+    run = make_fake_run(place / "run", weigh={"rule": "./../mine.py:Sharp+length-guard"})
+    for command in ("rollout", "score", "weigh"):
+        answer = fire(command, run.root)
+        assert answer.code == 0, answer.err
+    assert (run.root / "weights" / "sharp+length-guard" / "round-000").is_dir()
+    assert "weights/sharp+length-guard" in [row["stage"] for row in fire("status", run.root, "--json").json]
+
+
+def test_a_changed_file_behind_random_is_another_rule(
+    tmp_path: Path, make_fake_run: Callable[..., Any], fire: Callable[..., Any]
+) -> None:
+    keep = _body("Parts(keep=pl.col('length') > 3)")
+    name = _file(tmp_path, keep)
+    run = make_fake_run(tmp_path / "run")
+    for command in ("rollout", "score"):
+        assert fire(command, run.root).code == 0
+    weigh = ("weigh", run.root, "--rule", "random", "-p", f"match={name}", "--name", "matched")
+    assert [fire(*weigh).code, fire(*weigh).code] == [0, 0]
+    _file(tmp_path, keep.replace("> 3", "> 4"))
+    assert fire(*weigh).code == 2
 
 
 class _Point:
@@ -184,6 +235,11 @@ def test_installed_packages_offer_rules_by_entry_point(
             make_rule(name)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points[:1])
     assert "keen" in fire("rules").out
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: points)
+    listed = fire("rules")
+    assert listed.code == 0
+    assert "keen" in listed.out
+    assert "no such thing" in listed.err
 
 
 def test_a_statistic_of_a_user_may_build_on_another(tmp_path: Path) -> None:

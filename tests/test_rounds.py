@@ -287,6 +287,33 @@ def test_redo_of_a_rule_without_finite_numbers_moves_nothing(make_run: MakeRun, 
     assert run.weights("fire", 0).collect().height
 
 
+def test_redo_of_the_weights_a_checkpoint_was_made_from_sets_it_aside_whatever_is_configured_now(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run")
+    refresh(Session(run), 1)
+    other = fd.open_run(run.root, ("weigh.rule=uniform", "weigh.name=fire", "train.weights=uniform"))
+    weigh(other, 0, redo=True)
+    assert not run.part("checkpoints", 0).manifest_path.exists()
+
+
+def test_a_rule_that_cannot_be_is_told_before_a_rollout(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="did you mean"):
+        refresh(Session(fd.open_run(run.root, ("weigh.rule=fier",))), 1)
+    assert not run.part("rollouts", 0).manifest_path.exists()
+    with pytest.raises(ConfigError, match="did you mean"):
+        make_run(tmp_path / "other", weigh={"rule": "fier"})
+    assert not (tmp_path / "other" / "fire.yaml").exists()
+
+
+def test_a_run_makes_the_columns_its_rule_reads(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", weigh={"rule": "eopd"}, score={"topk": 4})
+    refresh(Session(run), 2)
+    assert [run.addons(n) for n in (0, 1)] == [("topk",), ("topk",)]
+    assert sealed(run.part("checkpoints", 1)).stats["fkl_loss_last"] is not None
+
+
 def test_status_sees_a_file_that_is_gone_and_check_knows_what_cannot_be_made(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     refresh(Session(run), 2)

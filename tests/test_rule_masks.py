@@ -56,7 +56,7 @@ def _tip(rows: list[Row], fraction: float, scope: str) -> Lists:
         for i in members:
             for t in range(rows[i]["length"]):
                 h, d = scaled("student_entropy", i, t), scaled("reverse_kl", i, t)
-                tokens.append((h + d - h * d, i, t))
+                tokens.append((1 - (1 - h) * (1 - d), i, t))
         _mark_best(masks, rows, tokens, math.ceil(_share(fraction, len(tokens))))
     return masks
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 import fire_data as fd
 from fire_data import weighing
+from fire_data.prepare import Pieces, Weighing, prepare
 from fire_data.rules import RULES, make_rule
-from fire_data.weighing import Fitted, Pieces, Weighing
+from fire_data.weighing import Fitted
 from tests.ragged import edge_cases, populations, ragged, rows_of
 
 NAMES = sorted(set(RULES) - {"expression"})
@@ -157,7 +158,7 @@ def test_shards_change_no_bit(name: str) -> None:
     @given(tables(fewest=3), st.sampled_from([None, 4, 6]), st.sampled_from([2, 4, 6, 10]))
     def check(frame: pl.DataFrame, batch_size: int | None, size: int) -> None:
         rule = Weighing(make_rule(name), batch_size=batch_size, samples_per_group=2)
-        prepared = weighing.prepare(frame.lazy(), rule)
+        prepared = prepare(frame.lazy(), rule)
         found = []
         for table in (Pieces(prepared), Pieces(prepared, size)):
             fitted = weighing.fit(table, rule)

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import fire_data as fd
-from fire_data import weighing
+from fire_data import prepare, summary, weighing
 from fire_data.loss import surrogate_loss
+from fire_data.prepare import Weighing
 from fire_data.rules import RULES, Expression, describe_rule, make_rule
 from fire_data.schemas.errors import ConfigError, DataError
-from fire_data.weighing import Weighing
 
 GOLDEN = pl.read_parquet(Path(__file__).parent / "golden" / "fire_reference.parquet")
 CASES = GOLDEN["case"].unique(maintain_order=True).to_list()
@@ -325,13 +325,13 @@ def test_step_in_which_nothing_is_kept_has_zero_coefficients() -> None:
 def test_weights_do_not_depend_on_how_rows_are_cut_into_shards(rule: str) -> None:
     frame = _random_frame(30, seed=7).with_columns(sample=pl.Series([i % 2 for i in range(30)], dtype=pl.Int32))
     weighing_ = Weighing(make_rule(rule), batch_size=8, samples_per_group=2)
-    prepared = weighing.prepare(frame.lazy(), weighing_)
-    expected = _weighed(weighing.Pieces(prepared), weighing_)
+    prepared = prepare.prepare(frame.lazy(), weighing_)
+    expected = _weighed(prepare.Pieces(prepared), weighing_)
     for size in (2, 6, 10):
-        assert _weighed(weighing.Pieces(prepared, size), weighing_).equals(expected)
+        assert _weighed(prepare.Pieces(prepared, size), weighing_).equals(expected)
 
 
-def _weighed(table: weighing.Table, weighing_: Weighing) -> pl.DataFrame:
+def _weighed(table: prepare.Table, weighing_: Weighing) -> pl.DataFrame:
     fitted = weighing.fit(table, weighing_)
     fitted = weighing.Fitted(json.loads(json.dumps(fitted.stats)), json.loads(json.dumps(fitted.steps)))
     return pl.concat([weighing.apply(table, i, weighing_, fitted) for i in range(len(table))])
@@ -340,7 +340,7 @@ def _weighed(table: weighing.Table, weighing_: Weighing) -> pl.DataFrame:
 def test_statistics_are_the_same_bits_every_time() -> None:
     frame = _random_frame(3000, seed=11, longest=40)
     rule = Weighing(make_rule("fire", scope="round"))
-    table = weighing.Pieces(weighing.prepare(frame.lazy(), rule), 1000)
+    table = prepare.Pieces(prepare.prepare(frame.lazy(), rule), 1000)
     found = {json.dumps(weighing.fit(table, rule).stats) for _ in range(5)}
     assert len(found) == 1
 
@@ -352,7 +352,7 @@ def test_group_rule_refuses_a_batch_that_splits_groups() -> None:
 
 def test_summary_reports_effective_sample_size_and_drops() -> None:
     mine = fd.weigh(_random_frame(40, seed=12), "fire").collect()
-    stats = weighing.merge_summaries([weighing.summarise(mine, mine["weight"].list.len())])
+    stats = summary.merge_summaries([summary.summarise(mine, mine["weight"].list.len())])
     rows = mine.filter("keep")
     weights = _flat(rows["weight"])
     assert stats["n_dropped"] == 40 - len(rows)
@@ -449,6 +449,45 @@ def test_an_expression_that_cannot_be_computed_says_what_it_sees(rule: str) -> N
     with pytest.raises(ConfigError) as caught:
         fd.weigh(_random_frame(4), rule).collect()
     assert rule.partition(" =")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ("weight = MAX(student_entropy) OVER (PARTITION BY prompt_id)", "window of its own"),
+        ("keep = reward > 1; keep = reward > 0", "there twice"),
+        ("keep = position > 3", "unknown column 'position'"),
+        ("weight = LEAST()", "not a valid expression|cannot be computed"),
+    ],
+)
+def test_an_expression_that_would_not_mean_what_it_says_is_refused(rule: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        fd.weigh(_random_frame(4), rule)
+
+
+def test_a_semicolon_in_quotes_belongs_to_the_expression() -> None:
+    frame = _random_frame(9)
+    mine = fd.weigh(frame, "keep = finish_reason IN ('stop', 'a;b'); weight = 2").collect()
+    assert mine["keep"].to_list() == [r == "stop" for r in frame["finish_reason"]]
+    assert set(_flat(mine["weight"])) == {2.0}
+
+
+def test_what_does_not_count_is_plus_zero() -> None:
+    mine = fd.weigh(_random_frame(20, seed=3), "esr", tokens=2).collect()
+    coefficients = _flat(mine["coefficient"])
+    assert (coefficients == 0).any()
+    assert not np.signbit(coefficients[coefficients == 0]).any()
+
+
+@pytest.mark.parametrize("option", [{"denominator": "token"}, {"truncated": "dropp"}, {"end_token": "x"}])
+def test_a_policy_that_does_not_exist_is_refused(option: dict) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(option))} is one of"):
+        fd.weigh(_random_frame(4), "uniform", **option)
+
+
+def test_a_frame_without_rows_is_told() -> None:
+    with pytest.raises(DataError, match="no rows"):
+        fd.weigh(_random_frame(4).head(0), "uniform")
 
 
 def test_the_name_expression_alone_is_no_rule() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fire_data.rules import own
-from fire_data.schemas.config import parse_yaml
+from fire_data.schemas.config import is_expression, parse_yaml, split_rule
 from fire_data.schemas.errors import ConfigError
 
 DEFAULT = "uniform,fire,fire-paper,fire-released,random"
@@ -43,17 +43,17 @@ def _asked(text: str, whole: str) -> Asked:
     if not text:
         raise _unreadable(whole, "there is no name" + " beside a comma" * bool(whole.strip()), f"--rules {DEFAULT}")
     label = " ".join(text.split())
-    if len(_split(text, "=")) > 1:
+    if len(_split(text, "=")) > 1 and is_expression(text):
         return Asked(label, text)
     plain, bodies = _without_brackets(text)
-    names = own.split(plain)
+    names = split_rule(plain)
     params: dict[str, Any] = {}
     options = []
     for offset, body in bodies:
         after = plain[offset:].lstrip()
         if after and not after.startswith("+"):
             raise _unreadable(text, f"{after!r} follows the brackets", "name[parameter=value]")
-        name = own.split(plain[:offset])[-1]
+        name = split_rule(plain[:offset])[-1]
         if len(names) > 1 and own.is_file(name):
             name = own.from_file(name).cls.name  # what a composition calls it
         for piece in _split(body, ","):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fire_data.diagnose.finding import share
 from fire_data.diagnose.measure import HISTORY_COLUMNS, UNLIKELY, history, repeat_ratio
-from fire_data.weighing import merge_summaries, summarise
+from fire_data.summary import merge_summaries, summarise
 
 COLUMNS = ("length", "student_logprob", "teacher_logprob", *HISTORY_COLUMNS)
 """The columns of scores that `Tally` reads."""

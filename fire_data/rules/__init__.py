@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
 
 from fire_data.rules import (
     advantages,
@@ -27,8 +29,8 @@ from fire_data.rules import (
 from fire_data.rules.base import Parts, Rule, RuleEntry, Statistic, Stats, WeightRule, plain_advantage, top
 from fire_data.rules.compose import Composite
 from fire_data.rules.controls import Uniform
-from fire_data.rules.expression import PARTS, Expression
-from fire_data.schemas.config import Denominator, Normalise, Scope
+from fire_data.rules.expression import Expression
+from fire_data.schemas.config import RULE_PARTS, Denominator, Normalise, Scope, is_expression, split_rule
 from fire_data.schemas.errors import ConfigError
 from fire_data.schemas.tables import addon_of
 
@@ -58,9 +60,9 @@ def make_rule(
         return dataclasses.replace(rule, **params) if params else rule
     if isinstance(rule, Mapping):
         return _make("expression", {**rule, **params}, scope)
-    if "=" in rule and rule not in RULES:
+    if is_expression(rule):
         return _make("expression", {**_parse_parts(rule), **params}, scope)
-    names = own.split(rule)
+    names = split_rule(rule)
     return _make(names[0], params, scope) if len(names) == 1 else _composite(names, params, scope)
 
 
@@ -82,6 +84,11 @@ def entry_of(name: str) -> RuleEntry:
     raise ConfigError(f"there is no rule {name!r}{hint}", fix="fire rules")
 
 
+def _label(name: str) -> str:
+    """What a composition calls a component: a rule of a file by its own name."""
+    return entry_of(name).cls.name if own.is_file(name) else name
+
+
 def _make(name: str, params: dict[str, Any], scope: str | None, need_scope: bool = True) -> Rule:
     entry = entry_of(name)
     known = _parameters(entry)
@@ -92,10 +99,10 @@ def _make(name: str, params: dict[str, Any], scope: str | None, need_scope: bool
         if given not in known:
             raise _no_parameter(name, given, known)
     made = _validated(entry.cls, {**entry.preset, **scopes, **params}, name)
-    if isinstance(made, Expression) and all(getattr(made, part) is None for part in PARTS):
+    if isinstance(made, Expression) and all(getattr(made, part) is None for part in RULE_PARTS):
         fix = "--rule 'weight = 1 + teacher_entropy; keep = length > 3'"
-        raise ConfigError(f"the rule expression needs one of {', '.join(PARTS)}", fix=fix)
-    own.examine(made, name)
+        raise ConfigError(f"the rule expression needs one of {', '.join(RULE_PARTS)}", fix=fix)
+    own.examine(made)
     return made
 
 
@@ -105,7 +112,12 @@ def _composite(names: list[str], params: dict[str, Any], scope: str | None) -> C
         raise ConfigError(f"{twice} is there twice", where=f"rule {'+'.join(names)}", fix="name each rule once")
     own_params = {"normalise", "normalise_over", "denominator"}
     outer = {k: v for k, v in params.items() if k in own_params}
-    labels = {entry_of(n).cls.name if own.is_file(n) else n: n for n in names}
+    called = [_label(n) for n in names]
+    same = next((c for c in called if called.count(c) > 1), None)
+    if same is not None:
+        text = f"two of the rules are called {same!r}"
+        raise ConfigError(text, where=f"rule {'+'.join(names)}", fix="give one of the classes another name")
+    labels = dict(zip(called, names, strict=True))
     inner: dict[str, dict[str, Any]] = {n: {} for n in labels}
     for key, value in params.items():
         if key not in own_params:
@@ -148,9 +160,14 @@ def _no_parameter(rule: str, name: str, known: list[str]) -> ConfigError:
 
 
 def _validated(cls: type[Rule], values: dict[str, Any], name: str) -> Rule:
-    adapter = TypeAdapter(cls)
+    wild = next((k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)), None)
+    if wild is not None:
+        raise ConfigError(f"{wild} must be finite, not {values[wild]}", where=f"rule {name}", fix=f"fire rules {name}")
     try:
-        return adapter.validate_python(values)
+        return TypeAdapter(cls).validate_python(values)
+    except PydanticUserError as error:
+        text = f"a parameter has a type that cannot be checked: {error.message.splitlines()[0]}"
+        raise ConfigError(text, where=f"rule {name}", fix="use float, int, bool, str or Literal") from None
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()]
         raise ConfigError("; ".join(lines), where=f"rule {name}", fix=f"fire rules {name}") from None
@@ -158,13 +175,15 @@ def _validated(cls: type[Rule], values: dict[str, Any], name: str) -> Rule:
 
 def _parse_parts(text: str) -> dict[str, str]:
     """`keep = length > 3; weight = 2 * teacher_entropy` as a mapping."""
-    parts = {}
-    for piece in filter(None, (p.strip() for p in text.split(";"))):
+    parts: dict[str, str] = {}
+    for piece in filter(None, (p.strip() for p in re.findall(r"(?:'[^']*'|\"[^\"]*\"|[^;])+", text))):
         name, equals, value = piece.partition("=")
-        if not equals or name.strip() not in PARTS:
+        if name.strip() in parts:
+            raise ConfigError(f"{name.strip()!r} is there twice", where=f"rule {text!r}", fix="give it once")
+        if not equals or name.strip() not in RULE_PARTS:
             raise ConfigError(
                 f"cannot read {piece!r} as a rule",
-                fix="a name from `fire rules`, or 'weight = ...; keep = ...' with " + ", ".join(PARTS),
+                fix="a name from `fire rules`, or 'weight = ...; keep = ...' with " + ", ".join(RULE_PARTS),
             )
         parts[name.strip()] = value.strip()
     return parts
@@ -174,8 +193,8 @@ def describe_rule(name: str) -> dict[str, Any]:
     """Everything `fire rules NAME` shows, JSON-ready. Raises ConfigError for an unknown name."""
     rule = Expression() if name == "expression" else make_rule(name)
     parts = rule.components
-    names = own.split(name)
-    entries = [entry_of(n) for n in names]
+    names = ["expression"] if name == "expression" else split_rule(name)
+    entries, labels = [entry_of(n) for n in names], [_label(n) for n in names]
     documents = [inspect.getdoc(type(r)) or "" for r in parts]
     return {
         "name": name,
@@ -190,7 +209,7 @@ def describe_rule(name: str) -> dict[str, Any]:
         "stale": rule.goes_stale,
         "parameters": [
             {"name": f"{n}.{f.name}" if len(parts) > 1 else f.name, "value": getattr(r, f.name), "type": _choices(f)}
-            for n, r in zip(names, parts, strict=True)
+            for n, r in zip(labels, parts, strict=True)
             for f in dataclasses.fields(r)
         ],
     }
@@ -198,7 +217,7 @@ def describe_rule(name: str) -> dict[str, Any]:
 
 def _choices(field: dataclasses.Field[Any]) -> str:
     """The type of a parameter in words: what it may be."""
-    words = str(field.type)
+    words = field.type.__name__ if isinstance(field.type, type) else str(field.type)
     for name, literal in (("Scope", Scope), ("Denominator", Denominator), ("Normalise", Normalise)):
         words = re.sub(rf"\b{name}\b", " | ".join(get_args(literal)), words)
     return re.sub(r"Literal\[([^\]]*)\]", lambda m: m[1].replace(", ", " | ").replace("'", "").replace('"', ""), words)

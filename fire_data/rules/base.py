@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import polars as pl
@@ -78,6 +78,16 @@ class Statistic:
     by: str | None = None
     rounding: Literal["ceil", "round"] = "ceil"
     least: int = 0
+
+    def __post_init__(self) -> None:
+        known = {"reduce": get_args(Reduce), "scope": get_args(Scope), "of": ("tokens", "trajectories")}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                text = f"{name} of a statistic is one of {', '.join(choices)}, not {getattr(self, name)!r}"
+                raise ConfigError(text, where=f"statistic {self.name}", fix="correct the rule's statistics()")
+        if self.reduce == "quantile" and not (isinstance(self.at, int | float) and 0 <= self.at <= 1):
+            text = f"a quantile needs `at` between 0 and 1, not {self.at!r}"
+            raise ConfigError(text, where=f"statistic {self.name}", fix="Statistic(..., at=0.5)")
 
     @property
     def keys(self) -> list[str]:

@@ -7,10 +7,10 @@ not matter. The normalisation is that of the first component that has one, unles
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from fire_data.rules.base import Mean, Parts, Rule
-from fire_data.schemas.config import Normalise
+from fire_data.schemas.config import Normalise, Scope
 from fire_data.schemas.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ class Composite(Rule):
     rules: tuple[Rule, ...] = ()
     names: tuple[str, ...] = ()
     normalise: Normalise | None = None
-    normalise_over: Literal["all", "kept"] = "all"
+    normalise_over: Literal["all", "kept"] | None = None
 
     def __post_init__(self) -> None:
         for part in ("advantage", "fkl_weight"):
@@ -36,6 +36,9 @@ class Composite(Rule):
         if self.matched_components:
             text = f"{', '.join(self.matched_components)} counts the tokens of another rule and cannot be composed"
             raise ConfigError(text, where=f"rule {self.label}", fix="weigh with it alone")
+        if self.normalise_over is not None and self.normalise is None and self.mean is None:
+            text = "normalise_over says what weights are normalised over, and they are not normalised"
+            raise ConfigError(text, where=f"rule {self.label}", fix="-p normalise=step")
 
     @property
     def label(self) -> str:
@@ -51,9 +54,10 @@ class Composite(Rule):
 
     @property
     def mean(self) -> Mean | None:
+        first = next((r.mean for r in self.rules if r.mean), None)
         if self.normalise is not None:
-            return None if self.normalise == "none" else Mean(self.normalise, self.normalise_over)
-        return next((r.mean for r in self.rules if r.mean), None)
+            first = None if self.normalise == "none" else Mean(self.normalise)
+        return first._replace(over=self.normalise_over) if first and self.normalise_over else first
 
     @property
     def reads(self) -> Literal["shard", "step", "round"]:
@@ -74,7 +78,8 @@ class Composite(Rule):
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(s for r in self.rules for s in r.scopes))
+        found = {s for r in self.rules for s in r.scopes} | ({self.mean.scope} if self.mean else set())
+        return tuple(s for s in get_args(Scope) if s in found)
 
     @property
     def goes_stale(self) -> bool:

@@ -54,6 +54,9 @@ class Random(Rule):
     def uses_groups(self) -> bool:
         return self.matched.uses_groups
 
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "matched": self.matched.record()}
+
     def fit(self, trajectories: pl.DataFrame) -> Stats:
         ranked = trajectories.select(STEP, "_own", "_target", rank=chance(self.seed))
         return {"below": [self._cut(part) for part in ranked.partition_by(STEP, maintain_order=True)]}

@@ -6,17 +6,18 @@ Expressions over tokens run on one flat row per token and are folded back to one
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import polars as pl
-from polars.exceptions import PolarsError
+from polars.exceptions import PanicException, PolarsError
 
+from fire_data.rules import own
 from fire_data.rules.base import RESERVED, ROW, Rule, Stats
 from fire_data.rules.statistics import attach, table_columns, without_empty
 from fire_data.rules.tokens import fold, token_frame
-from fire_data.schemas.errors import ConfigError, DataError
+from fire_data.schemas.errors import ConfigError, DataError, FireError, IncompleteError
+from fire_data.schemas.tables import addon_of
 
 PER_TRAJECTORY = ("keep", "weight_sum")
 
@@ -26,6 +27,11 @@ def decide(frame: pl.DataFrame, rule: Rule, stats: Stats, want: Iterable[str]) -
 
     An empty response is dropped whatever the rule says and enters no statistic.
     """
+    with own.told(rule, "the rule"):
+        return _decide(frame, rule, stats, want)
+
+
+def _decide(frame: pl.DataFrame, rule: Rule, stats: Stats, want: Iterable[str]) -> pl.DataFrame:
     parts = rule.parts()
     wanted = {n: e for n, e in parts.expressions().items() if n in want or n == "keep"}
     whole = without_empty(frame)
@@ -33,7 +39,11 @@ def decide(frame: pl.DataFrame, rule: Rule, stats: Stats, want: Iterable[str]) -
     rows = {n: e for n, e in wanted.items() if n in PER_TRAJECTORY}
     tokens = {n: e for n, e in wanted.items() if n not in PER_TRAJECTORY}
     rows.setdefault("keep", pl.lit(True))
-    made = _evaluate(filled, rows, rule).with_columns(pl.col("keep").fill_null(False))
+    made = _evaluate(filled, rows, rule)
+    if made["keep"].is_null().any():
+        row = int(made["keep"].is_null().arg_max() or 0)
+        where = f"row {filled[ROW][row]}, trajectory {filled['trajectory_id'][row]}"
+        raise DataError(f"keep of the rule {rule.name} is neither true nor false", where=where, fix=own.remedy(rule))
     reason = pl.when("keep").then(pl.lit(None, dtype=pl.String)).otherwise(pl.lit(parts.reason))
     made = made.with_columns(drop_reason=reason)
     if tokens:
@@ -56,7 +66,7 @@ def _check_made(flat: pl.DataFrame, frame: pl.DataFrame, rule: Rule) -> None:
         if _kinds(name) == "truth":
             wrong, what = value.is_null(), "gives neither true nor false"
         else:
-            wrong = ~(value.abs() <= _LARGEST).fill_null(False)
+            wrong = ~(value.abs() <= LARGEST).fill_null(False)
             what = "is not finite"
             if name != "advantage" and not wrong.any():
                 wrong, what = value < 0, "is negative"
@@ -68,14 +78,15 @@ def _check_made(flat: pl.DataFrame, frame: pl.DataFrame, rule: Rule) -> None:
         token = at - (int(ends[row - 1]) if row else 0)
         text = f"{name} {what}: the rule {rule.name} gives {value[at]}"
         where = f"row {frame[ROW][row]}, trajectory {frame['trajectory_id'][row]}, token {token}"
-        raise DataError(text, where=where, fix=_remedy(rule))
+        raise DataError(text, where=where, fix=own.remedy(rule))
 
 
-_LARGEST = 3.4e38  # what float32, in which weights are stored, can hold
+LARGEST = 3.4e38  # what float32, in which weights are stored, can hold
 
 
 def check(rule: Rule, schema: pl.Schema, missing: Callable[[str], tuple[str, str] | None]) -> None:
-    """Raise ConfigError if an expression uses an unknown column or cannot be computed on columns of these types.
+    """Raise ConfigError if an expression uses an unknown column or cannot be computed on columns of these types,
+    IncompleteError if it uses one that a command adds.
 
     `missing(column)` is what to say of a column that a table could have, and the command that adds it.
     """
@@ -83,7 +94,8 @@ def check(rule: Rule, schema: pl.Schema, missing: Callable[[str], tuple[str, str
     declared |= {f"{s.name}_id": pl.String for s in rule.statistics()} | dict.fromkeys(rule.fitted, pl.Float64)
     clash = sorted(declared.keys() & ({*schema.names()} | RESERVED))
     if clash:
-        raise ConfigError(f"a statistic is called {clash[0]!r}, as a column is", where=f"rule {rule.name}")
+        text = f"a statistic is called {clash[0]!r}, as a column is"
+        raise ConfigError(text, where=f"rule {rule.name}", fix="give it another name")
     known = {**schema, **declared, "position": pl.Int64}
     trajectories = pl.DataFrame(schema={**schema, **declared})
     tokens = pl.DataFrame(schema={n: _scalar(t) for n, t in known.items()})
@@ -104,7 +116,7 @@ def check(rule: Rule, schema: pl.Schema, missing: Callable[[str], tuple[str, str
                 raise PolarsError(f"it gives {made}, not numbers")
             if kind == "truth" and not (made.is_numeric() or made in (pl.Boolean, pl.Null)):
                 raise PolarsError(f"it gives {made}, not true or false")
-        except PolarsError as error:
+        except (PolarsError, PanicException) as error:
             raise _cannot(rule, title, error, per_token) from None
 
 
@@ -116,12 +128,13 @@ def _labelled(rule: Rule) -> Iterator[tuple[str, pl.Expr, bool]]:
         yield name, expression, name not in PER_TRAJECTORY
 
 
-def _unknown(rule: Rule, title: str, name: str, known: list[str], missing: tuple[str, str] | None) -> ConfigError:
+def _unknown(rule: Rule, title: str, name: str, known: list[str], missing: tuple[str, str] | None) -> FireError:
     where = f"rule {rule.name}, {title}"
     if missing is not None:
         what, fix = missing
-        return ConfigError(f"the rule needs the column {what}", where=where, fix=fix)
-    near = difflib.get_close_matches(name, [k for k in known if not k.startswith("_")], n=1)
+        kind = ConfigError if addon_of(name) is None else IncompleteError
+        return kind(f"the rule needs the column {what}", where=where, fix=fix)
+    near = difflib.get_close_matches(name, [k for k in known if not k.startswith("_") and k != name], n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""
     return ConfigError(f"{title} uses the unknown column {name!r}{hint}", where=where, fix="fire inspect RUN --schema")
 
@@ -130,14 +143,7 @@ def _cannot(rule: Rule, title: str, error: Exception, per_token: bool) -> Config
     unit = "token, signals are numbers" if per_token else "trajectory, signals are lists: use _sum or _max"
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].replace("_made_", "")
     text = f"{title} cannot be computed: {line} ({title} is evaluated once per {unit})"
-    return ConfigError(text, where=f"rule {rule.name}", fix=_remedy(rule))
-
-
-def _remedy(rule: Rule) -> str:
-    """Where to look: the rule's description, or the code that a user wrote."""
-    cls = type(rule)
-    ours = cls.__module__.startswith("fire_data.")
-    return f"fire rules {rule.name}" if ours else f"correct the class {cls.__name__} in {inspect.getfile(cls)}"
+    return ConfigError(text, where=f"rule {rule.name}", fix=own.remedy(rule))
 
 
 def _scalar(type_: pl.DataType | Any) -> Any:
@@ -154,7 +160,7 @@ def _evaluate(frame: pl.DataFrame, parts: dict[str, pl.Expr], rule: Rule) -> pl.
     typed = {f"_made_{n}": e.cast(pl.Boolean if _kinds(n) == "truth" else pl.Float64) for n, e in parts.items()}
     try:
         made = frame.with_columns(**typed)
-    except PolarsError as error:
+    except (PolarsError, PanicException) as error:
         raise _cannot(rule, ", ".join(parts), error, "position" in frame.columns) from None
     return made.select(pl.col(f"_made_{n}").alias(n) for n in parts)
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import polars as pl
-from polars.exceptions import PolarsError
+from polars.exceptions import PanicException, PolarsError
 
 from fire_data.rules.base import Parts, RuleEntry, WeightRule, scope_keys
-from fire_data.schemas.config import Scope
+from fire_data.schemas.config import RULE_PARTS, Scope
 from fire_data.schemas.errors import ConfigError
-
-PARTS = ("keep", "weight", "advantage", "token_keep")
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,20 @@ class Expression(WeightRule):
 
     def parts(self) -> Parts:
         keys = scope_keys(self.scope)
-        found = {p: e.over(keys) if keys else e for p in PARTS if (e := self._expression(p)) is not None}
+        found = {p: e.over(keys) if keys else e for p in RULE_PARTS if (e := self._expression(p)) is not None}
         return Parts(reason=f"keep: {self.keep}", **found)
 
     def _expression(self, part: str) -> pl.Expr | None:
         value = getattr(self, part)
-        if value is None or isinstance(value, pl.Expr):
-            return value
+        where, fix = f"rule expression, {value!r}", "see: fire rules expression"
         try:
-            return pl.sql_expr(str(value))
-        except (PolarsError, TypeError, ValueError) as error:
-            text = f"{part} is not a valid expression: {error}"
-            raise ConfigError(text, where=f"rule expression, {value!r}", fix="see: fire rules expression") from None
+            made = value if value is None or isinstance(value, pl.Expr) else pl.sql_expr(str(value))
+        except (PolarsError, PanicException, TypeError, ValueError) as error:
+            raise ConfigError(f"{part} is not a valid expression: {error}", where=where, fix=fix) from None
+        if made is not None and ".over(" in str(made):
+            text = f"{part} has a window of its own; aggregates are over `scope`"
+            raise ConfigError(text, where=where, fix="-p scope=group, or a class in a file")
+        return made
 
 
 ENTRIES = {"expression": RuleEntry(Expression, {}, "keep, weight, advantage, token_keep as expressions")}

@@ -61,7 +61,7 @@ class Tip(Rule):
 
     def _chosen(self) -> Choice:
         h, d = _scaled("student_entropy"), _scaled("reverse_kl")
-        return top("tip", h + d - h * d, self.keep_fraction, self.scope)
+        return top("tip", 1.0 - (1.0 - h) * (1.0 - d), self.keep_fraction, self.scope)
 
 
 @dataclass(frozen=True)

@@ -10,27 +10,22 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import inspect
+import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any
 
-from fire_data.rules.base import Rule, RuleEntry
-from fire_data.schemas.errors import ConfigError
+import polars as pl
+from polars.exceptions import PanicException, PolarsError
+
+from fire_data.rules.base import GROUP, ROW, Parts, Rule, RuleEntry, Statistic
+from fire_data.schemas.config import is_expression, split_rule
+from fire_data.schemas.errors import ConfigError, FireError
 
 _GROUP = "fire.rules"
-
-
-def split(text: str) -> list[str]:
-    """The names in `fire+repetition-guard`, or in `fire+my.py:Sharp`; a path may itself hold a `+`."""
-    names: list[str] = []
-    for piece in text.split("+"):
-        if names and ("/" in names[-1] and ".py" not in names[-1]):
-            names[-1] += f"+{piece}"
-        else:
-            names.append(piece)
-    return [n.strip() for n in names]
 
 
 def is_file(name: str) -> bool:
@@ -41,9 +36,10 @@ def is_file(name: str) -> bool:
 
 def moved(text: str, place: Callable[[str], str]) -> str:
     """A rule's text with every relative file in it, class included, replaced by what `place` says of it."""
-    if "=" in text:
+    if is_expression(text):
         return text
-    return "+".join(_moved(name, place) if is_file(name) and not name.startswith("/") else name for name in split(text))
+    names = split_rule(text)
+    return "+".join(_moved(n, place) if is_file(n) and not n.startswith("/") else n for n in names)
 
 
 def _moved(name: str, place: Callable[[str], str]) -> str:
@@ -53,7 +49,7 @@ def _moved(name: str, place: Callable[[str], str]) -> str:
 
 def from_file(name: str) -> RuleEntry:
     """The rule in `file.py:Class`, or the only one in `file.py`. Raises ConfigError saying what is wrong with it."""
-    path, _, cls = (name, "", "") if name.endswith(".py") else _parted(name)
+    path, _, cls = (name, "", "") if name.endswith(".py") else name.rpartition(":")
     module = _module(path)
     found = {
         k: v
@@ -69,11 +65,6 @@ def from_file(name: str) -> RuleEntry:
         raise ConfigError(what, where=path, fix=f"there is: {', '.join(found) or 'no complete subclass of Rule'}")
     rule = found[cls] if cls else next(iter(found.values()))
     return _entry(rule, path, (inspect.getdoc(rule) or rule.__name__).splitlines()[0])
-
-
-def _parted(name: str) -> tuple[str, str, str]:
-    path, colon, cls = name.rpartition(":")
-    return path, colon, cls
 
 
 def _not_a_rule(value: object, name: str) -> str:
@@ -108,16 +99,21 @@ def _module(path: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up here
     try:
         exec(loader.source_to_code(source, path), vars(module))  # noqa: S102 - the user named this file to be run
-    except Exception as error:  # noqa: BLE001 - whatever their code raises is theirs to see, with the line
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever their code raises is theirs to see
         del sys.modules[name]
         raise ConfigError(_told(error, path), where=path, fix="correct the file") from None
     return module
 
 
 def source_of(rule: Rule) -> str | None:
-    """sha256 of the file a rule was loaded from; None for a rule of a package."""
+    """sha256 of the code a user's rule was loaded from; None for a rule of this package."""
+    if is_ours(rule):
+        return None
     module: Any = inspect.getmodule(type(rule))
-    return getattr(module, "__digest__", None)
+    try:
+        return getattr(module, "__digest__", None) or hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    except (OSError, TypeError):  # compiled, or made at run time
+        return None
 
 
 def is_ours(rule: Rule) -> bool:
@@ -125,23 +121,87 @@ def is_ours(rule: Rule) -> bool:
     return type(rule).__module__.startswith("fire_data.")
 
 
-def examine(rule: Rule, name: str) -> None:
-    """Ask a rule for its expressions once, so that a mistake in a user's code is told before any data is read."""
-    from fire_data.rules.base import Parts, Statistic
+def remedy(rule: Rule) -> str:
+    """Where to look when a rule is wrong: its description, or the code that a user wrote."""
+    cls = type(rule)
+    return f"fire rules {rule.name}" if is_ours(rule) else f"correct the class {cls.__name__} in {inspect.getfile(cls)}"
 
+
+@contextmanager
+def told(rule: Rule, what: str) -> Iterator[None]:
+    """Errors of Polars about a rule's expressions, and whatever a user's own code raises, as ConfigError."""
     try:
-        parts, statistics = rule.parts(), rule.statistics()
-        wrong = next((p for p in statistics if not isinstance(p, Statistic)), None)
-        if not isinstance(parts, Parts) or wrong is not None:
-            what = "parts() gives no Parts" if wrong is None else "statistics() gives something else than Statistic"
-            raise ConfigError(what, where=f"rule {name}", fix="return Parts(weight=..., keep=...)")
-        rule.record()
-    except ConfigError:
+        yield
+    except FireError:
         raise
-    except Exception as error:
+    except (PolarsError, PanicException) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0].replace("_made_", "")
+        raise ConfigError(f"{what} cannot be computed: {line}", where=f"rule {rule.name}", fix=remedy(rule)) from None
+    except (Exception, SystemExit) as error:
         if is_ours(rule):
             raise
-        raise ConfigError(_told(error, name), where=f"rule {name}", fix="correct the rule's code") from None
+        text = _told(error, inspect.getfile(type(rule)))
+        raise ConfigError(text, where=f"rule {rule.name}", fix=remedy(rule)) from None
+
+
+def examine(rule: Rule) -> None:
+    """Ask a rule for its expressions once, so that a mistake in a user's code is told before any data is read."""
+    if is_ours(rule):
+        return
+    with told(rule, "the rule"):
+        parts, statistics, derived = rule.parts(), rule.statistics(), rule.derived()
+        rule.record()
+    where = f"rule {rule.name}"
+    wrong = next((s for s in statistics if not isinstance(s, Statistic)), None)
+    if not isinstance(parts, Parts) or wrong is not None:
+        what = "parts() gives no Parts" if wrong is None else "statistics() gives something else than Statistic"
+        raise ConfigError(what, where=where, fix="return Parts(weight=..., keep=...)")
+    used = {f"statistic {s.name}": e for s in statistics for e in s.expressions()}
+    named = {**parts.expressions(), **derived, **used}
+    for name, expression in named.items():
+        if not isinstance(expression, pl.Expr):
+            text = f"{name} is {expression!r}, not an expression"
+            raise ConfigError(text, where=where, fix=f"pl.lit({expression!r}), in {remedy(rule)}")
+        bare = _aggregate(expression)
+        if bare is not None:
+            text = f"{name} aggregates over the table ({bare}), of which only a part may be in memory"
+            raise ConfigError(text, where=where, fix=SCOPED)
+    if any(s.name.startswith("_") for s in statistics):
+        raise ConfigError("a statistic's name begins with _", where=where, fix="give it another name")
+
+
+SCOPED = "declare a Statistic with its scope, or use .over('_row') or .over('_group')"
+_AGGREGATES = {"Quantile", "Any", "All", "ArgMax", "ArgMin", "Skew", "Kurtosis", "NullCount", "ApproxNUnique"}
+
+
+def _aggregate(expression: pl.Expr) -> str | None:
+    """The name of an aggregate that is over neither a trajectory nor a group; None if there is none to be seen."""
+    try:
+        tree = json.loads(expression.meta.serialize(format="json"))
+    except (PolarsError, ValueError):  # a Python function cannot be written down: rows tell (`_require_local`)
+        return None
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, list):
+            pending += node
+        elif isinstance(node, dict):
+            if "Over" in node:
+                by = {column.get("Column") for column in node["Over"]["partition_by"] if isinstance(column, dict)}
+                if not by & {ROW, GROUP}:
+                    return "over neither '_row' nor '_group'"
+                continue
+            if "Agg" in node:
+                return str(
+                    next(iter(node["Agg"]), "aggregate") if isinstance(node["Agg"], dict) else node["Agg"]
+                ).lower()
+            found = _AGGREGATES & {str(k) for k in node}
+            if found:
+                return found.pop().lower()
+            pending += node.values()
+        elif node == "Len" or node in _AGGREGATES:
+            return str(node).lower()
+    return None
 
 
 def _told(error: BaseException, path: str) -> str:
@@ -168,7 +228,7 @@ def load_installed(name: str) -> RuleEntry:
     point = installed()[name]
     try:
         value = point.load()
-    except Exception as error:  # noqa: BLE001 - a package that does not import must not end in a traceback
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a package that does not import is no internal error
         text = f"the rule {name!r} of {point.value} cannot be loaded: {type(error).__name__}: {error}"
         raise ConfigError(text, where=f"entry point {_GROUP}", fix="reinstall the package that offers it") from None
     if isinstance(value, RuleEntry):

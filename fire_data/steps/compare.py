@@ -16,12 +16,13 @@ import polars as pl
 
 from fire_data import files
 from fire_data.compare import COLUMNS, DEFAULT, Asked, Tally, late_from, parse_rules, plot
+from fire_data.prepare import Weighing
 from fire_data.rules import own
 from fire_data.run import Run
-from fire_data.schemas.errors import ConfigError, DamagedError, DataError
+from fire_data.schemas.config import split_rule
+from fire_data.schemas.errors import ConfigError, DamagedError, DataError, FireError, IncompleteError
 from fire_data.stages import Reporter, Silent
-from fire_data.steps.weigh import ScoredRound, configured, drops, rule_of
-from fire_data.weighing import Weighing
+from fire_data.steps.weigh import ScoredRound, configured, drops
 
 BASELINE = Asked("uniform", "uniform")
 
@@ -38,10 +39,10 @@ def compare(
     report = report or Silent()
     asked = parse_rules(rules)
     for a in asked:
-        rule_of(with_asked(run, a))  # a name or parameter that does not exist ends it all
+        with_asked(run, a).rule()  # a name or parameter that does not exist ends it all
     verified: dict[tuple[str, str], Path] = {}
     base = ScoredRound(run, round, configured(with_asked(run, BASELINE)), verified)
-    lost: dict[str, ConfigError | DataError] = {}
+    lost: dict[str, FireError] = {}
     works: dict[str, ScoredRound] = {}
     report.start(f"compare {base.part.label}", (1 + len(base)) * len(asked), "shards")
     for a in asked:
@@ -50,7 +51,7 @@ def compare(
             _ = works[a.label].fitted
         except DamagedError:
             raise
-        except (ConfigError, DataError) as error:
+        except (ConfigError, DataError, IncompleteError) as error:
             lost[a.label] = error
         report.advance(1)
     if lost.keys() >= {a.label for a in asked}:
@@ -90,9 +91,7 @@ def with_asked(run: Run, asked: Asked) -> Run:
     return dataclasses.replace(run, config=run.config.model_copy(update={"weigh": weigh}))
 
 
-def _counted(
-    works: dict[str, ScoredRound], late: int | None, lost: dict[str, ConfigError | DataError], report: Reporter
-) -> Tally:
+def _counted(works: dict[str, ScoredRound], late: int | None, lost: dict[str, FireError], report: Reporter) -> Tally:
     base = works[BASELINE.label]
     lengths = pl.concat([base.read(i, ("length",), "shard") for i in range(len(base))])["length"]
     tally = Tally(list(works), int(lengths.sum()), late_from(lengths) if late is None else late)
@@ -161,6 +160,6 @@ def _next(run: Run, round: int, asked: list[Asked], told: list[dict[str, Any]]) 
     cfg = run.config.weigh
     if cfg.denominator is not None and cfg.rule != chosen.rule:
         words += ["--denominator", cfg.denominator]
-    if chosen.options or any(map(own.is_file, chosen.rule.split("+"))):
+    if chosen.options or any(map(own.is_file, split_rule(chosen.rule))):
         words += ["--name", re.sub(r"[^A-Za-z0-9.]+", "-", Path(chosen.label).name).strip("-.")]
     return shlex.join(words)

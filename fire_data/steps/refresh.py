@@ -12,12 +12,13 @@ from fire_data.steps.evaluate import evaluate
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train
-from fire_data.steps.weigh import addon_names, configured, weigh
+from fire_data.steps.weigh import configured, weigh
 
 
 def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
     """Bring a run to `rounds` rounds in all and return `round_table`. Finished rounds are left alone."""
     run = session.run
+    configured(run)  # a rule that cannot be is told before an hour of sampling
     held_out = run.config.eval.prompts is not None
     if held_out and not is_sealed(run.part("evals", "start")):
         evaluate(session, None)
@@ -26,7 +27,7 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
         if not finished:
             rollout(session, number)
             # What the rule reads beside the scores is made without being asked for: a round cannot go on without it.
-            score(session, number, add=addon_names(configured(run)))
+            score(session, number, add=run.needed_addons())
             weigh(run, number, session.report)
             _make_room(session)
             train(session, number)

@@ -12,20 +12,21 @@ import pyarrow as pa
 
 from fire_data import weighing
 from fire_data.overview import start_over
-from fire_data.rules import Rule, make_rule, own
+from fire_data.prepare import Weighing, check_values, prepare, require_columns
+from fire_data.rules import Rule, own
 from fire_data.run import Run
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, addon_of, conform
 from fire_data.shards import Part, is_sealed, read_shard, sealed, verify_shard
 from fire_data.stages import Reporter, Silent, Stage, run_stage
-from fire_data.weighing import Weighing
+from fire_data.summary import merge_summaries, summarise
 
 
 def configured(run: Run) -> Weighing:
     """The rule of the configuration with its policies. Raises ConfigError before anything is read."""
     cfg = run.config.weigh
     return Weighing(
-        rule_of(run),
+        run.rule(),
         run.config.train.batch_size,
         cfg.denominator,
         cfg.constant,
@@ -34,13 +35,6 @@ def configured(run: Run) -> Weighing:
         cfg.rollout_is_cap,
         run.config.rollout.n,
     )
-
-
-def rule_of(run: Run) -> Rule:
-    """The rule of the configuration; a file is named relative to the run. Raises ConfigError for what is no rule."""
-    cfg, root = run.config.weigh, run.root.resolve()
-    rule = own.moved(cfg.rule, lambda file: str(root / file)) if isinstance(cfg.rule, str) else cfg.rule
-    return make_rule(rule, cfg.params, cfg.scope)
 
 
 def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = False) -> Manifest:
@@ -110,9 +104,9 @@ class ScoredRound:
     @property
     def fitted(self) -> weighing.Fitted:
         if self._fitted is None:
-            weighing.require_columns(self._scan(range(1)), self.rule, self.place)
+            require_columns(self._scan(range(1)), self.rule, self.place)
             for i in range(len(self)):
-                weighing.check_values(self._scan(range(i, i + 1)), self.rule)
+                check_values(self._scan(range(i, i + 1)), self.rule, self.place)
             self._fitted = weighing.fit(self, self.rule)
         return self._fitted
 
@@ -146,7 +140,7 @@ class ScoredRound:
                 for p, m in self.addons
             ]
             joined = pl.concat([scores, *more], how="horizontal") if more else scores
-            self._prepared[shards] = weighing.prepare(joined, self.rule, self.rows(shards[0])[0])
+            self._prepared[shards] = prepare(joined, self.rule, self.rows(shards[0])[0])
         return self._prepared[shards]
 
     def _verified(self, part: Part, receipt: Receipt) -> Path:
@@ -166,10 +160,16 @@ def addon_names(rule: Weighing) -> list[str]:
     return list(dict.fromkeys(a for c in rule.columns if (a := addon_of(c)) is not None))
 
 
+def _all_rules(rule: Rule) -> list[Rule]:
+    """A rule with its components and what it is matched to."""
+    inside = [r for c in rule.components if c is not rule for r in _all_rules(c)]
+    return [rule, *inside, *(_all_rules(rule.matched) if rule.matched else [])]
+
+
 def weights_fields(rule: Weighing, source: Manifest, addons: list[tuple[Part, Manifest]]) -> dict[str, Any]:
     """What the weights of a round depend on: the rule with its policies, the scores, and the addons it reads."""
     made_of = {"addons": {str(p.name): m.digest for p, m in addons}} if addons else {}
-    code = {f"{r.name}.py": s for r in (rule.rule, *rule.rule.components) if (s := own.source_of(r)) is not None}
+    code = {r.name: s for r in _all_rules(rule.rule) if (s := own.source_of(r)) is not None}
     return {
         "format": FORMAT,
         "rule": rule.rule.record(),
@@ -195,7 +195,7 @@ def _stats(work: ScoredRound, part: Part, receipts: list[Receipt]) -> dict[str, 
         lengths = pl.from_arrow(read_shard(work.part, source, ["length"]))
         assert isinstance(weights, pl.DataFrame)
         assert isinstance(lengths, pl.DataFrame)
-        parts.append(weighing.summarise(weights, lengths["length"]))
+        parts.append(summarise(weights, lengths["length"]))
     skipped = [s["step"] for s in work.fitted.steps if s["kept_tokens"] == 0]
     steps = {"steps": work.fitted.steps, "skipped_steps": skipped}
-    return {**weighing.merge_summaries(parts), "rule": work.fitted.stats, **steps}
+    return {**merge_summaries(parts), "rule": work.fitted.stats, **steps}

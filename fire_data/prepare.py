@@ -1,0 +1,227 @@
+"""What a rule is weighed with, and a table made ready for it: steps, groups, summaries, and what is missing told.
+
+A round is a `Table`: shards of frames made by `prepare`, read with the columns that are asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
+
+import polars as pl
+
+from fire_data.rules import Rule
+from fire_data.rules.base import GROUP, KEY, ROW, STEP, sources, trajectory_keys
+from fire_data.rules.evaluate import check
+from fire_data.schemas.config import Denominator
+from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
+from fire_data.schemas.tables import FLOAT_SIGNALS, SCORES, WEIGHTS, addon_of
+
+OUTPUT = [c.name for c in WEIGHTS if c.name != "trajectory_id"]
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """A rule with everything around it that enters the coefficient."""
+
+    rule: Rule
+    batch_size: int | None = None
+    denominator: Denominator | None = None
+    constant: float | None = None
+    truncated: str = "keep"
+    end_token: str = "keep"
+    rollout_is_cap: float | None = None
+    samples_per_group: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("denominator", self.denominator, (None, *get_args(Denominator))),
+            ("truncated", self.truncated, ("keep", "drop")),
+            ("end_token", self.end_token, ("keep", "mask")),
+        ):
+            if value not in known:
+                choices = [str(k) for k in known if k is not None]
+                near = difflib.get_close_matches(str(value), choices, n=1) or choices
+                text = f"{name} is one of {', '.join(choices)}, not {value!r}"
+                raise ConfigError(text, fix=f"--set weigh.{name}={near[0]}")
+        if (self.denominator or self.rule.denominator) == "constant" and self.constant is None:
+            raise ConfigError("denominator constant needs a value", fix="--set weigh.constant=1000")
+        n = self.samples_per_group
+        if self.rule.uses_groups and n and self.batch_size and self.batch_size % n:
+            text = f"train.batch_size {self.batch_size} splits the {n} samples of a prompt, which this rule compares"
+            raise ConfigError(text, fix=f"--set train.batch_size={max(n, self.batch_size // n * n)}")
+
+    @property
+    def divisor(self) -> Denominator:
+        """The denominator in force: the one given, else the rule's own."""
+        return self.denominator or self.rule.denominator
+
+    @property
+    def policy_columns(self) -> list[str]:
+        """Columns that the policies read beside the rule's."""
+        cut = "finish_reason" if self.truncated != "keep" or self.end_token != "keep" else None
+        return [c for c in (cut, "rollout_logprob" if self.rollout_is_cap is not None else None) if c]
+
+    @property
+    def columns(self) -> list[str]:
+        """Every stored column that enters the weights."""
+        matched = self.rule.matched.columns if self.rule.matched else ()
+        plain = ("student_logprob", "teacher_logprob")
+        return list(dict.fromkeys((*self.rule.columns, *matched, *plain, *self.policy_columns)))
+
+
+class Table(Protocol):
+    """A round in shards whose rows are those of `prepare`, in order."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, shard: int) -> tuple[int, int]:
+        """The number of the shard's first row in the round, and how many it has."""
+
+    def read(self, shard: int, columns: Sequence[str], reads: Literal["shard", "step", "round"]) -> pl.DataFrame:
+        """These columns of the shard's rows, or of all rows that share a step or the round with them."""
+
+
+class Pieces:
+    """A prepared frame as a table: one shard, or shards of `size` trajectories."""
+
+    def __init__(self, prepared: pl.LazyFrame, size: int | None = None) -> None:
+        self.lf = prepared
+        self.height = int(prepared.select(pl.len()).collect().item())
+        self.size = size or max(1, self.height)
+
+    def __len__(self) -> int:
+        return max(1, -(-self.height // self.size))
+
+    def rows(self, shard: int) -> tuple[int, int]:
+        return shard * self.size, min(self.size, self.height - shard * self.size)
+
+    def read(self, shard: int, columns: Sequence[str], reads: Literal["shard", "step", "round"]) -> pl.DataFrame:
+        mine = self.lf.slice(*self.rows(shard))
+        if reads == "step":
+            mine = self.lf.join(mine.select(STEP).unique(), on=STEP, how="semi", maintain_order="left")
+        return (self.lf if reads == "round" else mine).select(columns).collect()
+
+
+def prepare(lf: pl.LazyFrame, weighing: Weighing, first_row: int = 0) -> pl.LazyFrame:
+    """Add row number, step, group and missing summary columns."""
+    have = lf.collect_schema().names()
+    lf = lf.drop(c for c in OUTPUT if c != STEP and c in have).with_row_index(ROW, offset=first_row)
+    if weighing.batch_size is not None:
+        lf = lf.with_columns(step=(pl.col(ROW) // weighing.batch_size).cast(pl.Int32))
+    elif STEP not in have:
+        lf = lf.with_columns(step=pl.lit(0, dtype=pl.Int32))
+    if "trajectory_id" not in have:
+        lf = lf.with_columns(trajectory_id=pl.col(ROW).cast(pl.String).str.zfill(20))
+    lf = lf.with_columns(_group(have, weighing.samples_per_group).alias(GROUP))
+    keys = pl.col("trajectory_id").map_batches(lambda s: trajectory_keys(s.to_list()), return_dtype=pl.Int64)
+    return _with_summaries(lf.with_columns(keys.alias(KEY)), have)
+
+
+def require_columns(prepared: pl.LazyFrame, weighing: Weighing, run: str = "RUN") -> None:
+    """Raise ConfigError if a column is missing, or an expression cannot be computed on these columns; IncompleteError
+    for a missing column that a command adds.
+
+    `run` is what errors put behind `fire score`.
+    """
+    schema = prepared.collect_schema()
+    have = [c for c in schema.names() if not c.startswith("_")]
+    _check_policies(weighing, have)
+    if weighing.rule.uses_groups and "prompt_id" not in have:
+        text = "the rule compares the samples of a prompt and needs the column 'prompt_id'"
+        raise ConfigError(text, fix="give each sample of a prompt the same prompt_id")
+    for rule in filter(None, (*weighing.rule.components, weighing.rule.matched)):
+        check(rule, schema, lambda name: _missing(name, have, run))
+    for name in weighing.columns:
+        if name not in schema:
+            what, fix = _missing(name, have, run) or (f"{name!r}, which is not there", "fire inspect RUN --schema")
+            kind = ConfigError if addon_of(name) is None else IncompleteError
+            raise kind(f"the rule needs the column {what}", fix=fix)
+
+
+def _missing(name: str, have: list[str], run: str) -> tuple[str, str] | None:
+    """What to say of a column that the table could have but has not, and what adds it."""
+    addon = addon_of(name)
+    if addon is not None:
+        return f"{name!r}, which is not stored yet", f"fire score {run} --add {addon}"
+    base = next((s for s in sources(name) if s not in have), name)
+    if base not in {c.name for c in SCORES}:
+        return None
+    near = difflib.get_close_matches(base, have, n=1)
+    text = f"{base!r}, which is not there" + (f"; the nearest is {near[0]!r}" if near else "")
+    return text, f"fire score {run}"
+
+
+def _check_policies(weighing: Weighing, have: list[str]) -> None:
+    if weighing.rollout_is_cap is not None and "rollout_logprob" not in have:
+        raise ConfigError("rollout_is_cap needs the column 'rollout_logprob'", fix="--set weigh.rollout_is_cap=null")
+    for policy, value in (("truncated", weighing.truncated), ("end_token", weighing.end_token)):
+        if value != "keep" and "finish_reason" not in have:
+            raise ConfigError(f"{policy}: {value} needs the column 'finish_reason'", fix=f"--set weigh.{policy}=keep")
+
+
+def _group(have: list[str], n: int | None) -> pl.Expr:
+    if "prompt_id" not in have:
+        return pl.col(ROW).cast(pl.String)
+    if "sample" not in have or n is None:
+        return pl.col("prompt_id").cast(pl.String)
+    return pl.concat_str("prompt_id", pl.col("sample") // n, separator="/")
+
+
+def _with_summaries(lf: pl.LazyFrame, have: list[str]) -> pl.LazyFrame:
+    """Per-trajectory length, sums and maxima from the token columns, where the frame does not carry them."""
+    if "length" not in have:
+        first = next((name for name in (*FLOAT_SIGNALS, "response_ids") if name in have), None)
+        if first is None:
+            raise ConfigError("there is no token column such as 'teacher_logprob'", fix="fire inspect RUN --schema")
+        lf = lf.with_columns(length=pl.col(first).list.len().cast(pl.Int32))
+    added = []
+    for name in FLOAT_SIGNALS:
+        if name in have:
+            added += [floats(name).list.sum().alias(f"{name}_sum")] if f"{name}_sum" not in have else []
+            added += [floats(name).list.max().alias(f"{name}_max")] if f"{name}_max" not in have else []
+    entropies = {"teacher_entropy", "student_entropy"}
+    if entropies <= set(have) and "entropy_product_sum" not in have:
+        added.append((floats("teacher_entropy") * floats("student_entropy")).list.sum().alias("entropy_product_sum"))
+    return lf.with_columns(added)
+
+
+def floats(column: str) -> pl.Expr:
+    """A token column in double precision."""
+    return pl.col(column).cast(pl.List(pl.Float64))
+
+
+def check_values(lf: pl.LazyFrame, weighing: Weighing, run: str = "RUN") -> None:
+    """Raise DataError, naming row and column, if a needed column has no value, one that is not finite, or a token
+    column is not as long as the others."""
+    schema = lf.collect_schema()
+    for name in weighing.columns:
+        type_ = schema[name]
+        again = f" --add {addon}" if (addon := addon_of(name)) else ""
+        fix = f"fire score {run}{again} --redo"
+        if isinstance(type_, pl.List):
+            wrong = (pl.col(name).is_null() | (pl.col(name).list.len() != pl.col("length"))).fill_null(True)
+            finite = pl.element().is_finite().fill_null(False)
+            if isinstance(type_.inner, pl.List):
+                finite = pl.element().list.eval(finite).list.all() & (pl.element().list.len() > 0)
+                sizes = pl.col(name).list.eval(pl.element().list.len().n_unique())
+                wrong = wrong | (sizes.list.first() > 1).fill_null(False)
+            if type_.inner.is_numeric() or isinstance(type_.inner, pl.List):
+                wrong = wrong | ~pl.col(name).list.eval(finite).list.all()
+            bad = lf.filter(wrong).select(ROW, "length", n=pl.col(name).list.len()).head(1).collect()
+            if bad.height:
+                row, length, n = bad.row(0)
+                what = "holds a value that is not finite"
+                if n is not None and n != length:
+                    what = f"has {n} elements where others have {length}"
+                elif isinstance(type_.inner, pl.List):
+                    what = "holds a value that is not finite, or lists of unequal length"
+                raise DataError(f"column {name!r} {what}", where=f"row {row}", fix=fix)
+        elif type_.is_numeric() or type_ == pl.Null:
+            valued = pl.col(name).cast(pl.Float64).is_finite().fill_null(False)
+            bad = lf.filter(~valued).select(ROW).head(1).collect()
+            if bad.height:
+                fix = f"fire rollout {run} --redo --set rollout.verifier=exact" if name == "reward" else fix
+                raise DataError(f"column {name!r} has no value", where=f"row {bad.item()}", fix=fix)

@@ -1,0 +1,56 @@
+"""What a rule did, in numbers that can be added shard by shard: what is kept, how weights are spread."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from fire_data.prepare import floats
+from fire_data.rules.statistics import exact_sums
+
+
+def summarise(weights: pl.DataFrame, lengths: pl.Series) -> dict[str, float]:
+    """Sums over weighted rows that can be added shard by shard: what the rule did, in numbers.
+
+    Weight statistics are over kept tokens.
+    """
+    weight = floats("weight")
+    kept = lengths.cast(pl.Float64)
+    if "token_keep" in weights.columns:
+        weight = weight * pl.col("token_keep").cast(pl.List(pl.Float64))
+        kept = weights["token_keep"].list.sum().cast(pl.Float64)
+    frame = weights.select(
+        "keep",
+        weight_sum=weight.list.sum(),
+        weight_squares=(weight * weight).list.sum(),
+        weight_max=weight.list.max(),
+        nonzero=floats("coefficient").list.eval(pl.element() != 0).list.sum().cast(pl.Float64),
+    ).with_columns(kept.alias("kept"))
+    rows = frame.filter("keep")
+    sums = exact_sums(rows, [], ["weight_sum", "weight_squares", "kept", "nonzero"]).row(0, named=True)
+    return {
+        "trajectories": float(frame.height),
+        "kept_trajectories": float(rows.height),
+        "tokens": float(lengths.sum()),
+        "kept_tokens": sums["kept"],
+        "nonzero_tokens": sums["nonzero"],
+        "weight_sum": sums["weight_sum"],
+        "weight_squares": sums["weight_squares"],
+        "weight_max": float(rows["weight_max"].max() or 0.0),  # type: ignore[arg-type]
+    }
+
+
+def merge_summaries(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Add the summaries of all shards, in shard order, and derive fractions, mean weight and effective sample size.
+
+    Effective sample size (Kish) is (sum w)^2 / sum w^2 over kept tokens, reported as a share of them.
+    """
+    total = {k: max(p[k] for p in parts) if k == "weight_max" else sum(p[k] for p in parts) for k in parts[0]}
+    kept, squares = total["kept_tokens"], total["weight_squares"]
+    return {
+        **total,
+        "n_dropped": total["trajectories"] - total["kept_trajectories"],
+        "kept_fraction": total["kept_trajectories"] / total["trajectories"] if total["trajectories"] else 0.0,
+        "kept_token_fraction": kept / total["tokens"] if total["tokens"] else 0.0,
+        "mean_weight": total["weight_sum"] / kept if kept else 0.0,
+        "effective_sample_share": total["weight_sum"] ** 2 / squares / kept if squares and kept else 0.0,
+    }

@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import polars as pl
 
-from fire_data.rules import Rule
+from fire_data.rules import Rule, Stats
 from fire_data.rules.base import GROUP, KEY, ROW, STEP, sources, trajectory_keys
 from fire_data.rules.evaluate import check
 from fire_data.schemas.config import Denominator
@@ -72,16 +72,32 @@ class Weighing:
         return list(dict.fromkeys((*self.rule.columns, *matched, *plain, *self.policy_columns)))
 
 
+class Decided(NamedTuple):
+    """The parts of all rows of some shards under a rule, with their row numbers."""
+
+    weighing: Weighing
+    stats: Stats
+    span: range
+    want: set[str]
+    parts: pl.DataFrame
+
+
 class Table(Protocol):
     """A round in shards whose rows are those of `prepare`, in order."""
+
+    last: Decided | None
+    """What was last decided about several shards together: the next shard often needs the very same."""
 
     def __len__(self) -> int: ...
 
     def rows(self, shard: int) -> tuple[int, int]:
         """The number of the shard's first row in the round, and how many it has."""
 
-    def read(self, shard: int, columns: Sequence[str], reads: Literal["shard", "step", "round"]) -> pl.DataFrame:
-        """These columns of the shard's rows, or of all rows that share a step or the round with them."""
+    def span(self, shard: int, reads: Literal["step", "round"]) -> range:
+        """The shards that hold all rows of the steps, or the round, of a shard."""
+
+    def read(self, shards: range, columns: Sequence[str]) -> pl.DataFrame:
+        """These columns of the rows of neighbouring shards."""
 
 
 class Pieces:
@@ -89,6 +105,7 @@ class Pieces:
 
     def __init__(self, prepared: pl.LazyFrame, size: int | None = None) -> None:
         self.lf = prepared
+        self.last: Decided | None = None
         self.height = int(prepared.select(pl.len()).collect().item())
         self.size = size or max(1, self.height)
 
@@ -98,11 +115,17 @@ class Pieces:
     def rows(self, shard: int) -> tuple[int, int]:
         return shard * self.size, min(self.size, self.height - shard * self.size)
 
-    def read(self, shard: int, columns: Sequence[str], reads: Literal["shard", "step", "round"]) -> pl.DataFrame:
-        mine = self.lf.slice(*self.rows(shard))
-        if reads == "step":
-            mine = self.lf.join(mine.select(STEP).unique(), on=STEP, how="semi", maintain_order="left")
-        return (self.lf if reads == "round" else mine).select(columns).collect()
+    def span(self, shard: int, reads: Literal["step", "round"]) -> range:
+        if reads == "round":
+            return range(len(self))
+        steps = self.lf.select(STEP).collect()[STEP]
+        mine = steps.slice(*self.rows(shard)).unique()
+        rows = steps.is_in(mine.implode()).arg_true()
+        return range(int(rows[0]) // self.size, int(rows[-1]) // self.size + 1)
+
+    def read(self, shards: range, columns: Sequence[str]) -> pl.DataFrame:
+        first, height = self.rows(shards[0])[0], sum(self.rows(i)[1] for i in shards)
+        return self.lf.slice(first, height).select(columns).collect()
 
 
 def prepare(lf: pl.LazyFrame, weighing: Weighing, first_row: int = 0) -> pl.LazyFrame:

@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from fire_data.prepare import OUTPUT, Pieces, Table, Weighing, check_values, floats, prepare, require_columns
+from fire_data.prepare import OUTPUT, Decided, Pieces, Table, Weighing, check_values, floats, prepare, require_columns
 from fire_data.rules import Composite, Rule, Stats, Uniform, make_rule, own
 from fire_data.rules.base import GROUP, KEY, ROW, STEP, Mean, scope_keys
 from fire_data.rules.evaluate import LARGEST, decide, part_columns
@@ -175,7 +175,7 @@ def _labelled(rule: Rule) -> list[tuple[str, Rule]]:
 def _fit_statistics(table: Table, rule: Rule) -> Stats:
     def frames(columns: Sequence[str]) -> Iterator[pl.DataFrame]:
         for i in range(len(table)):
-            yield table.read(i, list(dict.fromkeys([*KEYS, *columns])), "shard")
+            yield table.read(range(i, i + 1), list(dict.fromkeys([*KEYS, *columns])))
 
     stats: Stats = {}
     for prefix, component in _labelled(rule):
@@ -190,20 +190,41 @@ def _decided(table: Table, shard: int, weighing: Weighing, stats: Stats, want: I
     plain = {"student_logprob", "teacher_logprob"} if "advantage" in want else set()
     needed = {c for r in rule.components for c in part_columns(r, want)} | set(weighing.policy_columns) | plain
     needed |= {rule.mean.by} if rule.mean and rule.mean.by else set()
-    wide = table.read(shard, list(dict.fromkeys([*KEYS, *sorted(needed)])), rule.reads)
-    parts = [
-        decide(wide, r, {k.removeprefix(p): v for k, v in stats.items() if k.startswith(p)}, want)
-        for p, r in _labelled(rule)
-    ]
-    frame = wide.drop("keep", strict=False).hstack(_merged(parts))
+    columns = list(dict.fromkeys([*KEYS, *sorted(needed)]))
+    frame = table.read(range(shard, shard + 1), columns)
+    if rule.reads == "shard":
+        parts = _parts(frame, rule, stats, want)
+    else:
+        first, height = table.rows(shard)
+        wide = _wide_parts(table, table.span(shard, rule.reads), columns, weighing, stats, want)
+        parts = wide.filter(pl.col(ROW).is_between(first, first + height, closed="left")).drop(ROW)
+    frame = frame.hstack(parts)
     if "weight" in want and "weight" not in frame.columns:
         frame = frame.with_columns(weight=pl.lit(1.0).repeat_by(pl.col("length").cast(pl.UInt32)))
     if "advantage" in want and "advantage" not in frame.columns:
         frame = frame.with_columns(advantage=floats("teacher_logprob") - floats("student_logprob"))
-    if rule.reads != "shard":
-        first, height = table.rows(shard)
-        frame = frame.filter(pl.col(ROW).is_between(first, first + height, closed="left"))
     return _with_policies(frame, weighing)
+
+
+def _parts(frame: pl.DataFrame, rule: Rule, stats: Stats, want: set[str]) -> pl.DataFrame:
+    """What the components of a rule decide about these rows, together."""
+    return _merged([
+        decide(frame, r, {k.removeprefix(p): v for k, v in stats.items() if k.startswith(p)}, want)
+        for p, r in _labelled(rule)
+    ])  # fmt: skip
+
+
+def _wide_parts(
+    table: Table, span: range, columns: Sequence[str], weighing: Weighing, stats: Stats, want: set[str]
+) -> pl.DataFrame:
+    """The parts of all rows of these shards. The last ones are kept: the next shard often needs the very same."""
+    last = table.last
+    known = last is not None and last.weighing is weighing and last.stats is stats
+    if last is None or not known or (last.span, last.want) != (span, want):
+        wide = table.read(span, columns)
+        parts = _parts(wide, weighing.rule, stats, want).with_columns(wide[ROW])
+        last = table.last = Decided(weighing, stats, span, want, parts)
+    return last.parts
 
 
 _LOOKED_AT = 32  # prompts of the first shard
@@ -220,7 +241,7 @@ def _require_local(table: Table, weighing: Weighing, stats: Stats) -> None:
         want = [p for p in rule.parts().expressions() if p != "keep"]
         mine = {k.removeprefix(prefix): v for k, v in stats.items() if k.startswith(prefix)}
         columns = list(dict.fromkeys([*KEYS, *part_columns(rule, want)]))
-        frame = table.read(0, columns, "shard")
+        frame = table.read(range(1), columns)
         among, groups = decide(frame, rule, mine, want), frame[GROUP].unique(maintain_order=True)
         for group in groups.gather_every(max(1, len(groups) // _LOOKED_AT)):
             chosen = frame[GROUP] == group
@@ -323,5 +344,5 @@ def _targets(table: Table, weighing: Weighing, matched: Rule) -> pl.DataFrame:
         if rule.matched is not None:
             stats |= rule.fit(_targets(table, around, rule.matched))
         found[name] = _trajectories(table, around, stats, None).select(pl.col("_kept").alias(name))
-    keys = [table.read(i, [STEP, "trajectory_id", KEY], "shard") for i in range(len(table))]
+    keys = [table.read(range(i, i + 1), [STEP, "trajectory_id", KEY]) for i in range(len(table))]
     return pl.concat([pl.concat(keys), *found.values()], how="horizontal")

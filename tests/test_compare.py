@@ -54,7 +54,7 @@ def tallied(frame: pl.DataFrame, names: Sequence[str], size: int | None = None, 
     tables = {n: Pieces(prepare(frame.lazy(), w), size) for n, w in works.items()}
     fitted = {n: weighing.fit(tables[n], w) for n, w in works.items()}
     for i in range(len(tables[names[0]])):
-        shard = tables[names[0]].read(i, COLUMNS, "shard")
+        shard = tables[names[0]].read(range(i, i + 1), COLUMNS)
         tally.add(shard, ((n, weighing.apply(tables[n], i, works[n], fitted[n])) for n in names))
     return tally
 
@@ -218,7 +218,7 @@ def test_a_rule_that_falls_out_leaves_the_others_as_they_are() -> None:
     for i in range(len(table)):
         present = [n for n in names if n != "fire" or i == 0]
         weights = [(n, weighing.apply(table, i, works[n], weighing.fit(table, works[n]))) for n in present]
-        part.add(table.read(i, COLUMNS, "shard"), weights)
+        part.add(table.read(range(i, i + 1), COLUMNS), weights)
     assert part.result() == expected
 
 

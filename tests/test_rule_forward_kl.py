@@ -11,7 +11,7 @@ import pytest
 
 import fire_data as fd
 from fire_data.rules import make_rule
-from fire_data.schemas.errors import ConfigError
+from fire_data.schemas.errors import IncompleteError
 from tests.ragged import Lists, Row, check, edge_cases, ragged, rows_of
 
 CASES = edge_cases(topk=4)
@@ -134,7 +134,7 @@ def test_whether_the_second_stream_is_renormalised_is_the_rules_own_and_can_be_c
 def test_a_second_stream_needs_the_teachers_list_and_names_what_adds_it() -> None:
     for name in ("eopd", "aopd", "tropd"):
         for column in ("teacher_topk_ids", "teacher_topk_logprobs"):
-            with pytest.raises(ConfigError, match=column) as caught:
+            with pytest.raises(IncompleteError, match=column) as caught:
                 fd.weigh(CASES["ordinary"].drop(column), name)
             assert "--add topk" in str(caught.value)
     bare = ragged(8, seed=1)

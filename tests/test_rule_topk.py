@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fire_data.schemas.errors import ConfigError
+from fire_data.schemas.errors import ConfigError, IncompleteError
 from tests.ragged import Lists, Row, check, edge_cases, normalised, populations, ragged, rows_of
 
 CASES = edge_cases(topk=4) | {
@@ -328,6 +328,6 @@ def test_parameters_without_meaning_are_refused(name: str, params: dict[str, Any
 
 def test_a_missing_list_names_the_command_that_adds_it() -> None:
     for name in ("ta-opd", "ier", "prune-opd"):
-        with pytest.raises(ConfigError, match="topk") as caught:
+        with pytest.raises(IncompleteError, match="topk") as caught:
             check(CASES["ordinary"].drop("teacher_topk_ids"), name)
         assert "--add" in str(caught.value)

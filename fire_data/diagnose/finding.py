@@ -70,7 +70,7 @@ class Facts:
 
     def compare(self, *rules: str) -> str:
         """The command that puts rules side by side on these scores."""
-        return f"fire compare {self.run} --rules {','.join(rules)}"
+        return f"fire compare {self.run} --round {self.round} --rules {','.join(rules)}"
 
 
 def finding(name: str, level: Level, measured: str, numbers: Mapping[str, Any], why: str, do: str = "") -> Finding:

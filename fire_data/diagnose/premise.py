@@ -197,7 +197,7 @@ def _fire_keeps(rows: pl.DataFrame, batch_size: int | None) -> pl.Series:
         "prompt_id",
         *(pl.concat_list(mean_of(s)).list.drop_nulls().alias(s) for s in signals),
     )
-    return fd.weigh(short, "fire", batch_size=batch_size, percentile=PERCENTILE).select("keep").collect()["keep"]
+    return fd.weigh(short, "fire-filter", batch_size=batch_size, percentile=PERCENTILE).select("keep").collect()["keep"]
 
 
 def inert_filter(measured: Measured, facts: Facts) -> Finding:

@@ -177,13 +177,14 @@ def _partial(
 ) -> pl.DataFrame:
     if s.reduce in ("quantile", "largest", "n_unique"):
         data = pl.DataFrame({"v": value, "_where": where})
+        kept = [*s.keys, *(["trajectory_id"] if s.reduce == "largest" else []), *({"_number"} & {*keys.columns})]
         if lengths is None:
-            data = pl.concat([keys, data], how="horizontal").with_columns(position=pl.lit(0, dtype=pl.Int64))
+            repeated = keys.select(kept).with_columns(position=pl.lit(0, dtype=pl.UInt32))
         else:
-            position = pl.int_ranges(pl.col("_length").cast(pl.Int64)).alias("position")
-            repeated = (keys if s.reduce == "largest" else keys.drop("trajectory_id")).with_columns(_length=lengths)
+            position = pl.int_ranges(pl.col("_length"), dtype=pl.UInt32).alias("position")
+            repeated = keys.select(kept).with_columns(_length=lengths)
             repeated = repeated.with_columns(position).explode("position").drop("_length")
-            data = pl.concat([repeated, data], how="horizontal")
+        data = pl.concat([repeated if s.reduce == "largest" else repeated.drop("position"), data], how="horizontal")
         return data.filter(pl.col("_where") & pl.col("v").is_not_null()).drop("_where")
     masked = pl.DataFrame({"v": value, "w": where})
     v, w = pl.col("v"), pl.col("w")

@@ -93,7 +93,7 @@ def with_asked(run: Run, asked: Asked) -> Run:
 
 def _counted(works: dict[str, ScoredRound], late: int | None, lost: dict[str, FireError], report: Reporter) -> Tally:
     base = works[BASELINE.label]
-    lengths = pl.concat([base.read(i, ("length",), "shard") for i in range(len(base))])["length"]
+    lengths = pl.concat([base.read(range(i, i + 1), ["length"]) for i in range(len(base))])["length"]
     tally = Tally(list(works), int(lengths.sum()), late_from(lengths) if late is None else late)
 
     def weighted(shard: str) -> Iterator[tuple[str, pl.DataFrame]]:
@@ -109,7 +109,7 @@ def _counted(works: dict[str, ScoredRound], late: int | None, lost: dict[str, Fi
             report.advance(1)
 
     for i, receipt in enumerate(base.receipts):
-        tally.add(base.read(i, COLUMNS, "shard"), weighted(receipt.shard))
+        tally.add(base.read(range(i, i + 1), COLUMNS), weighted(receipt.shard))
     return tally
 
 
@@ -154,12 +154,15 @@ def _next(run: Run, round: int, asked: list[Asked], told: list[dict[str, Any]]) 
     """The command that freezes the weights of the first rule that does something, else of the first."""
     works = (a for a, t in zip(asked, told, strict=True) if t["changes"] and "inert" not in t["flags"])
     chosen = next(works, asked[0])
-    words = ["fire", "weigh", str(run.root), "--round", str(round), "--rule", chosen.rule]
+    words = ["fire", "weigh", str(run.root), "--round", str(round)]
+    filed = any(map(own.is_file, split_rule(chosen.rule)))
+    # A file of fire.yaml is named from the run, one on the command line from here.
+    words += [] if filed and chosen.rule == run.config.weigh.rule else ["--rule", chosen.rule]
     for option in chosen.options:
         words += ["-p", option]
     cfg = run.config.weigh
     if cfg.denominator is not None and cfg.rule != chosen.rule:
         words += ["--denominator", cfg.denominator]
-    if chosen.options or any(map(own.is_file, split_rule(chosen.rule))):
+    if chosen.options or filed:
         words += ["--name", re.sub(r"[^A-Za-z0-9.]+", "-", Path(chosen.label).name).strip("-.")]
     return shlex.join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from fire_data import weighing
 from fire_data.overview import start_over
-from fire_data.prepare import Weighing, check_values, prepare, require_columns
+from fire_data.prepare import Decided, Weighing, check_values, prepare, require_columns
 from fire_data.rules import Rule, own
 from fire_data.run import Run
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
@@ -94,6 +95,7 @@ class ScoredRound:
         self.source = sealed(self.part)
         self.receipts = self.source.shards
         self.addons = addon_tables(run, round, rule)
+        self.last: Decided | None = None
         self._fitted: weighing.Fitted | None = None
         self._files = {} if verified is None else verified
         self._prepared: dict[range, pl.LazyFrame] = {}
@@ -117,18 +119,15 @@ class ScoredRound:
     def rows(self, shard: int) -> tuple[int, int]:
         return sum(r.rows for r in self.receipts[:shard]), self.receipts[shard].rows
 
-    def read(self, shard: int, columns: Sequence[str], reads: Literal["shard", "step", "round"]) -> pl.DataFrame:
-        return self._scan(self._span(shard, reads)).select(columns).collect()
+    def read(self, shards: range, columns: Sequence[str]) -> pl.DataFrame:
+        return self._scan(shards).select(columns).collect()
 
-    def _span(self, at: int, reads: Literal["shard", "step", "round"]) -> range:
-        """The shards that are read together for shard `at`."""
-        starts = [self.rows(i)[0] for i in range(len(self))] + [sum(r.rows for r in self.receipts)]
+    def span(self, shard: int, reads: Literal["step", "round"]) -> range:
         size = self.rule.batch_size
-        if reads == "shard":
-            return range(at, at + 1)
         if reads == "round" or size is None:
             return range(len(self))
-        low, high = starts[at] // size * size, -(-starts[at + 1] // size) * size
+        starts = list(itertools.accumulate((r.rows for r in self.receipts), initial=0))
+        low, high = starts[shard] // size * size, -(-starts[shard + 1] // size) * size
         touched = [i for i in range(len(self)) if starts[i] < high and starts[i + 1] > low]
         return range(touched[0], touched[-1] + 1)
 

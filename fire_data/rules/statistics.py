@@ -178,13 +178,11 @@ def _partial(
     if s.reduce in ("quantile", "largest", "n_unique"):
         data = pl.DataFrame({"v": value, "_where": where})
         kept = [*s.keys, *(["trajectory_id"] if s.reduce == "largest" else []), *({"_number"} & {*keys.columns})]
-        if lengths is None:
-            repeated = keys.select(kept).with_columns(position=pl.lit(0, dtype=pl.UInt32))
-        else:
+        if kept:
+            sizes = pl.Series("_length", [1] * keys.height) if lengths is None else lengths.rename("_length")
             position = pl.int_ranges(pl.col("_length"), dtype=pl.UInt32).alias("position")
-            repeated = keys.select(kept).with_columns(_length=lengths)
-            repeated = repeated.with_columns(position).explode("position").drop("_length")
-        data = pl.concat([repeated if s.reduce == "largest" else repeated.drop("position"), data], how="horizontal")
+            repeated = keys.select(*kept, sizes).with_columns(position).explode("position").drop("_length")
+            data = pl.concat([repeated, data], how="horizontal")
         return data.filter(pl.col("_where") & pl.col("v").is_not_null()).drop("_where")
     masked = pl.DataFrame({"v": value, "w": where})
     v, w = pl.col("v"), pl.col("w")

@@ -55,6 +55,11 @@ def _number(run: Run, chosen: int | None) -> int:
     return run.current_round() if chosen is None else chosen
 
 
+def _shown(stats: dict[str, Any]) -> dict[str, Any]:
+    """Statistics for people: routes only where there are several."""
+    return {k: v for k, v in stats.items() if k != "routes" or len(v) > 1}
+
+
 @app.command()
 @guarded
 def init(
@@ -104,9 +109,9 @@ def rollout(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set
     from fire_data.session import Session
     from fire_data.steps.rollout import rollout as step
 
-    with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number, redo=redo)
-    show_one({"round": number, **manifest.stats}, as_json)
+    with Terminal() as terminal, Session(opened, terminal) as session:
+        manifest = step(session, number, redo=redo)
+    show_one({"round": number, **_shown(manifest.stats)}, as_json)
     hint("fire", "score", run)
 
 
@@ -116,7 +121,10 @@ def score(
     run: RunArg,
     add: Annotated[
         list[str] | None,
-        typer.Option(metavar="COLUMNS", help="further columns beside those of score.add: topk, base or pass-rate"),
+        typer.Option(metavar="COLUMNS", help="columns beside those of score.add: topk, base, pass-rate, teacher.NAME"),
+    ] = None,
+    teachers: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="score all rows with these teachers, or `all`, side by side")
     ] = None,
     round: Round = None,
     redo: Annotated[
@@ -128,14 +136,15 @@ def score(
     """Evaluate student and teacher on every token the student wrote; further columns are made where they lack."""
     opened = _open(run, overrides)
     number = _number(opened, round)
+    every = opened.teacher_addons(teachers) if teachers is not None else ()
     from fire_data.session import Session
     from fire_data.shards import sealed
     from fire_data.steps.score import score as step
 
-    with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number, add=add or (), redo=redo)
+    with Terminal() as terminal, Session(opened, terminal) as session:
+        manifest = step(session, number, add=[*(add or ()), *every], redo=redo)
     added = {name: sealed(opened.part("addons", number, name)).stats for name in opened.addons(number)}
-    show_one({"round": number, **manifest.stats, **added}, as_json)
+    show_one({"round": number, **_shown(manifest.stats), **added}, as_json)
     from fire_data.overview import next_command
 
     following = next_command(opened)
@@ -153,6 +162,9 @@ def weigh(
     ] = None,
     scope: Annotated[str | None, typer.Option(help="trajectory, group, step or round, for every statistic")] = None,
     denominator: Annotated[str | None, typer.Option(help="tokens, all_tokens, sequences or constant")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="of several: routed, average, confident, token, or the name of one")
+    ] = None,
     round: Round = None,
     redo: Redo = False,
     overrides: Set = None,
@@ -162,18 +174,19 @@ def weigh(
     from fire_data.create import with_rule
     from fire_data.steps.weigh import weigh as step
 
-    opened = with_rule(_open(run, overrides), rule, name, param or [], scope, denominator)
+    chosen = [f"weigh.teacher={teacher}"] if teacher is not None else []
+    opened = with_rule(_open(run, [*(overrides or []), *chosen]), rule, name, param or [], scope, denominator)
     number = _number(opened, round)
     weights = opened.config.weights_name
     with Terminal() as terminal:
         manifest = step(opened, number, terminal, redo=redo)
     stats = {k: v for k, v in manifest.stats.items() if k not in ("rule", "steps", "weight_sum", "weight_squares")}
     show_one({"rule": weights, "round": number, **stats}, as_json)
-    chosen = [] if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
+    trained = [] if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
     if opened.current_round() > number:
         hint("fire", "inspect", run, "--round", number, "--name", weights)
     else:
-        hint("fire", "train", run, *chosen)
+        hint("fire", "train", run, *trained)
 
 
 @app.command()
@@ -185,8 +198,8 @@ def train(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set =
     from fire_data.session import Session
     from fire_data.steps.train import train as step
 
-    with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number, redo=redo)
+    with Terminal() as terminal, Session(opened, terminal) as session:
+        manifest = step(session, number, redo=redo)
     checkpoint = str(opened.part("checkpoints", number).folder)
     show_one({"round": number, "checkpoint": checkpoint, **manifest.stats}, as_json)
     hint("fire", "run", run, "--rounds", number + 2)
@@ -205,8 +218,8 @@ def run_rounds(
     from fire_data.session import Session
     from fire_data.steps.refresh import refresh
 
-    with Terminal() as terminal:
-        table = refresh(Session(opened, terminal), rounds)
+    with Terminal() as terminal, Session(opened, terminal) as session:
+        table = refresh(session, rounds)
     show(table, as_json)
     hint("fire", "inspect", run)
 
@@ -230,8 +243,8 @@ def evaluate(
 
     last = opened.current_round() - 1
     number = None if start or (round is None and last < 0) else last if round is None else round
-    with Terminal() as terminal:
-        manifest = step(Session(opened, terminal), number, redo=redo)
+    with Terminal() as terminal, Session(opened, terminal) as session:
+        manifest = step(session, number, redo=redo)
     show_one({"round": "start" if number is None else number, **manifest.stats}, as_json)
 
 

@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -41,6 +42,11 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise
         except KeyboardInterrupt:
             say("interrupted; the same command continues")
+            if any(t.name.startswith("lane ") for t in threading.enumerate()):
+                # Shards that are still computed would crash the interpreter while it takes itself apart.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(130)
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # Who reads our output has left; Python must not complain about it when it flushes at exit.

@@ -8,6 +8,7 @@ arguments alone decide the prompt ids, so they have a fingerprint: a template th
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,16 @@ def render(
 
     With a template: the conversation with its generation prompt, special tokens only as the template writes them. Raw:
     the contents joined by line breaks and tokenized plainly; a beginning-of-sequence token is added if the tokenizer
-    does so by default. `base` is the folder that `cfg.chat_template` is relative to.
+    does so by default. `cfg.system` takes the place of system messages at the beginning. `base` is the folder that
+    `cfg.chat_template` is relative to.
 
     Raises:
         ConfigError: there is no chat template and `raw` is false, or the template file cannot be read.
         DataError: the template refuses the messages, or nothing is left of them.
     """
+    if cfg.system is not None:
+        others = itertools.dropwhile(lambda m: m.get("role") == "system", messages)
+        messages = [{"role": "system", "content": cfg.system}, *others]
     if raw:
         return _plain(tokenizer, "\n".join(_content(m) for m in messages))
     from jinja2 import TemplateError, TemplateSyntaxError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -12,7 +13,6 @@ from fire_data.rules import own
 from fire_data.run import Run, open_run
 from fire_data.schemas.config import parse_config, parse_yaml, render_config
 from fire_data.schemas.errors import ConfigError
-from fire_data.schemas.tables import ADDONS
 from fire_data.shards import Part, read_manifest, verify_shard
 
 _SHARED: tuple[tuple[str, int | str, str | None], ...] = (
@@ -52,7 +52,7 @@ def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
     for section, fields in changes.items():
         values[section] = {**(values[section] or {}), **fields} if isinstance(fields, dict) else fields
     run = init_run(root, values)
-    shared = [*_SHARED, *(("addons", 0, name) for name in ADDONS)] if changes.keys() <= _OWN else []
+    shared = [*_SHARED, *(("addons", 0, name) for name in run.addon_names)] if changes.keys() <= _OWN else []
     for place in shared:
         _link(source.part(*place), run.part(*place))
     return run
@@ -63,6 +63,7 @@ def missing_paths(root: Path) -> list[str]:
     config = open_run(root).config
     files_ = {"prompts.path": config.prompts.path, "eval.prompts": config.eval.prompts}
     given = {"student": config.student, "teacher": config.teacher, "base": config.base}
+    given |= {f"teachers.{name}": cfg for name, cfg in config.teachers.items()}
     models = {f"{name}.model": cfg and cfg.model for name, cfg in given.items()}
     wanted = {k: v for k, v in files_.items() if v and not v.startswith("hf://")}
     wanted |= {k: v for k, v in models.items() if v and (v[0] in "./~" or v.count("/") > 1)}
@@ -72,13 +73,17 @@ def missing_paths(root: Path) -> list[str]:
 
 def _anchored(values: dict[str, Any], base: Path, root: Path) -> dict[str, Any]:
     """Local paths that are relative to `base`, rewritten relative to `root`; Hub ids and absolute paths stay."""
-    result = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}
-    places = [(section, key) for section in ("student", "teacher", "base") for key in ("model", "chat_template")]
-    for section, key in [*places, ("prompts", "path"), ("eval", "prompts")]:
-        value = (result.get(section) or {}).get(key)
+    result = copy.deepcopy(values)
+    models = [result.get(section) for section in ("student", "teacher", "base")]
+    models += (result.get("teachers") or {}).values()
+    places = [(model, key) for model in models for key in ("model", "chat_template")]
+    for section, key in [*places, (result.get("prompts"), "path"), (result.get("eval"), "prompts")]:
+        if not isinstance(section, dict):
+            continue
+        value = section.get(key)
         if isinstance(value, str) and not Path(value).expanduser().is_absolute() and (base / value).exists():
             # Resolved, because `..` behind a symbolic link leads elsewhere than the text says.
-            result[section][key] = os.path.relpath(base.resolve() / value, root.resolve())
+            section[key] = os.path.relpath(base.resolve() / value, root.resolve())
     rule = (result.get("weigh") or {}).get("rule")
     if isinstance(rule, str):
 

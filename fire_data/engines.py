@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from fire_data.sampling import Sampling, uniforms
 from fire_data.schemas.errors import EngineError
-from fire_data.schemas.tables import ADDONS, FLOATS, IDS, SIGNALS
+from fire_data.schemas.tables import ADDONS, EVALUATED, FLOATS, IDS, SIGNALS
 from fire_data.vocabulary import Vocabulary
 
 Progress = Callable[[int], None]
@@ -36,10 +36,42 @@ class Scorer(Protocol):
     ) -> pa.Table: ...
 
 
-class Reference(Protocol):
-    """Evaluates one more model on given responses behind the student's prompts: the column `base_logprob`."""
+class Evaluator(Protocol):
+    """Evaluates one model on given responses. Rows: `trajectory_id`, `prompt_ids`, `response_ids`; answer, in the same
+    order: the columns of `tables.EVALUATED`, without `rank` where the engine cannot tell it and with `entropy_mass`
+    where `entropy_kind` is not "exact" but "topk-lower-bound"."""
 
-    def logprobs(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table: ...
+    @property
+    def entropy_kind(self) -> str: ...
+
+    def evaluate(self, rows: pa.Table, progress: Progress | None = None) -> pa.Table: ...
+
+
+class Engine(Generator, Evaluator, Protocol):
+    """One model in a process of its own, or behind a url. Several threads may ask it at the same time."""
+
+    @property
+    def holds_gpu(self) -> bool:
+        """True if `close` gives memory of an accelerator back that others here may need."""
+
+    def close(self) -> None: ...
+
+
+def tail_bound(listed: Any, smallest: Any) -> tuple[Any, Any]:
+    """Lower bound of an entropy in nats, and the probability it was computed from, arrays of the same shape.
+
+    The tokens that are not listed share the rest r of the probability, and none of them has more than the least likely
+    of the top-k, so that they add at least -r log(min p): H >= -sum_listed p log p - r log(min p).
+
+    Args:
+        listed: logprobs of the listed tokens, [..., K]: the top-k, and the sampled token where it is not one of them;
+            -inf where there is none.
+        smallest: logprob of the least likely of the top-k, [...].
+    """
+    p = np.exp(listed)
+    mass = np.minimum(p.sum(-1), 1.0)
+    inside = -(p * np.where(p > 0, listed, 0.0)).sum(-1)
+    return np.maximum(inside - (1.0 - mass) * smallest, 0.0), mass
 
 
 class FakeGenerator:
@@ -75,13 +107,16 @@ class FakeGenerator:
 class FakeScorer:
     """Signals that are finite, of the right shape and a function of the trajectory; they mean nothing.
 
-    Scorer and Reference. Its top-k are sorted, differ in part between the models, and the logprobs on the other's ids
+    Scorer and Evaluator. Its top-k are sorted, differ in part between the models, and the logprobs on the other's ids
     agree with the own ones where an id is in both.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    entropy_kind = "exact"
+
+    def __init__(self, vocabulary: Vocabulary, who: str = "") -> None:
         self.ids = np.flatnonzero(vocabulary.allowed)
         self.log_size = float(np.log(max(2, len(self.ids))))
+        self.who = who
 
     def score(
         self, rollouts: pa.Table, progress: Progress | None = None, *, k: int = 0, signals: bool = True
@@ -92,13 +127,12 @@ class FakeScorer:
             progress(rollouts.num_rows)
         return pa.table(columns)
 
-    def logprobs(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table:
-        values = [
-            (-self.log_size * uniforms(len(SIGNALS), name, len(ids))).tolist() for name, ids in _responses(rollouts)
-        ]
+    def evaluate(self, rows: pa.Table, progress: Progress | None = None) -> pa.Table:
+        """The teacher's signals, but for another noise: `who` tells one fake model from another."""
+        signals = self._signals(rows)
         if progress:
-            progress(rollouts.num_rows)
-        return pa.table({"base_logprob": pa.array(values, FLOATS)})
+            progress(rows.num_rows)
+        return pa.table({c.name: signals[f"teacher_{c.name}"] for c in EVALUATED if c.name != "entropy_mass"})
 
     def _signals(self, rollouts: pa.Table) -> dict[str, pa.Array]:
         values: dict[str, list[list[float]]] = {c.name: [] for c in SIGNALS}
@@ -107,7 +141,7 @@ class FakeScorer:
                 if column.type == IDS:
                     values[column.name].append([1 if "rank" in column.name else i for i in ids])
                     continue
-                noise = uniforms(k, name, len(ids)) * self.log_size
+                noise = uniforms(k, f"{name}{self.who}", len(ids)) * self.log_size
                 exact = np.full(len(ids), -self.log_size) if column.name == "student_logprob" else None
                 sign = -1.0 if "logprob" in column.name else 1.0
                 values[column.name].append((noise * sign if exact is None else exact).tolist())

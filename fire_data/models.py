@@ -89,6 +89,13 @@ def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> Pre
     return placed
 
 
+def local_folder(cfg: ModelConfig, base: Path) -> Path:
+    """Where the model's files lie, weights included; a Hub model is downloaded first. Raises as `load_model`."""
+    folder = _folder(cfg, base, weights=True)
+    _require_weights(folder)
+    return folder
+
+
 def check_model_files(cfg: ModelConfig, base: Path, *, weights: bool = True) -> None:
     """What can be found wrong without loading: raise DataError if a needed file is missing, incomplete or unreadable.
 

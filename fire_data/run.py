@@ -15,7 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from fire_data.rules import Rule, make_rule, own
-from fire_data.schemas.config import Config, ModelConfig, load_config
+from fire_data.schemas.config import ADDED_TEACHER, TEACHER, Config, ModelConfig, load_config
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
 from fire_data.schemas.manifest import Manifest
 from fire_data.schemas.tables import ADDONS, addon_of
@@ -46,14 +46,15 @@ class Run:
 
         Args:
             round: None: all sealed rounds.
-            add: addons whose columns are joined row by row: "topk", "base", "pass-rate".
+            add: addons whose columns are joined row by row: "topk", "base", "pass-rate", "teacher.NAME".
 
         Raises:
             IncompleteError: an addon is not there, with the command that adds it.
             DataError: the tables are not about the same trajectories.
         """
         numbers = [round] if round is not None else self._sealed_rounds("scores", None)
-        return pl.concat([self._scores(number, add) for number in numbers])
+        # Columns that only some engines give may differ between rounds.
+        return pl.concat([self._scores(number, add) for number in numbers], how="diagonal")
 
     def weights(self, name: str | None = None, round: int | None = None, add: str | Iterable[str] = ()) -> pl.LazyFrame:
         """Scores joined row by row with the weights called `name` (default: those that are trained).
@@ -72,9 +73,9 @@ class Run:
 
         Raises as `scores`, and ConfigError if there is no addon of this name.
         """
-        if name not in ADDONS:
-            text = f"there are no further columns {name!r}; there are: {', '.join(ADDONS)}"
-            raise ConfigError(text, fix=f"fire score {shlex.quote(str(self.root))} --add {next(iter(ADDONS))}")
+        if name not in self.addon_names:
+            text = f"there are no further columns {name!r}; there are: {', '.join(self.addon_names)}"
+            raise ConfigError(text, fix=f"fire score {shlex.quote(str(self.root))} --add {self.addon_names[0]}")
         part = self.part("addons", round, name)
         manifest, scores = sealed(part), sealed(self.part("scores", round))
         if manifest.fields["rollouts"] != scores.fields["rollouts"]:
@@ -84,7 +85,12 @@ class Run:
 
     def addons(self, round: int) -> tuple[str, ...]:
         """The names of a round's sealed addons."""
-        return tuple(name for name in ADDONS if is_sealed(self.part("addons", round, name)))
+        return tuple(name for name in self.addon_names if is_sealed(self.part("addons", round, name)))
+
+    @property
+    def addon_names(self) -> tuple[str, ...]:
+        """Every addon that this run can have: the fixed groups, then one for each teacher."""
+        return (*ADDONS, *(f"{ADDED_TEACHER}{name}" for name in self.teachers))
 
     def evals(self) -> pl.LazyFrame:
         """All evaluations, with a column `round` (-1: the student before training)."""
@@ -122,7 +128,7 @@ class Run:
             return self.config.student
         sealed(self.part("checkpoints", round - 1))
         folder = self.part("checkpoints", round - 1).folder.resolve()
-        return self.config.student.model_copy(update={"model": str(folder), "revision": None})
+        return self.config.student.model_copy(update={"model": str(folder), "revision": None, "served_name": None})
 
     def rule(self) -> Rule:
         """The configured rule; a file is named relative to the run. Raises ConfigError for what is no rule."""
@@ -140,19 +146,67 @@ class Run:
         """The addons that a round needs: those of `score.add`, and what the rule reads. Raises as `rule`."""
         rule = self.rule()
         columns = (*rule.columns, *(rule.matched.columns if rule.matched else ()))
-        return tuple(dict.fromkeys((*self.config.score.add, *(a for c in columns if (a := addon_of(c)) is not None))))
+        needed = [a for c in columns if (a := addon_of(c)) is not None]
+        return tuple(dict.fromkeys((*self.config.score.add, *self.combined, *needed)))
+
+    def teacher_addons(self, names: str) -> tuple[str, ...]:
+        """The addons of teachers named in a line, `math,code`, or of `all`. Raises ConfigError for an unknown one."""
+        chosen = list(self.teachers) if names == "all" else [n.strip() for n in names.split(",")]
+        for name in chosen:
+            self.teacher(name)
+        return tuple(f"{ADDED_TEACHER}{name}" for name in chosen)
+
+    @property
+    def combined(self) -> tuple[str, ...]:
+        """The addons that `weigh.teacher` takes its teacher columns from; none if every row has its own teacher's."""
+        chosen = self.config.weigh.teacher
+        names = () if chosen == "routed" else (chosen,) if chosen in self.teachers else tuple(self.teachers)
+        return tuple(f"{ADDED_TEACHER}{name}" for name in names)
 
     def base(self) -> ModelConfig:
         """The reference model of `base_logprob`: by default the given student, in every round."""
         return self.config.base or self.config.student
 
-    def teacher(self) -> ModelConfig:
-        """The teacher's configuration. Raises ConfigError if there is none."""
+    @property
+    def teachers(self) -> dict[str, ModelConfig]:
+        """Every teacher by name; the one that has no name of its own is called "teacher"."""
+        alone = {TEACHER: self.config.teacher} if self.config.teacher else {}
+        return {**alone, **self.config.teachers}
+
+    def teacher(self, name: str) -> ModelConfig:
+        """A teacher's configuration. Raises ConfigError if there is none of this name."""
+        if name not in self.teachers:
+            there = ", ".join(self.teachers)
+            text = f"there is no teacher {name!r}; there are: {there}" if there else "there is no teacher"
+            key = "teacher.model" if name == TEACHER else f"teachers.{name}.model"
+            raise ConfigError(text, where=str(self.root / "fire.yaml"), fix=f"--set {key}=FOLDER")
+        return self.teachers[name]
+
+    def route(self, value: str | None) -> str:
+        """The name of the teacher for a prompt whose field `teacher` is this. With one teacher, it is that one.
+
+        Raises ConfigError if none of several teachers has this name, or the prompt names none and there is no default.
+        """
+        if not self.config.teachers:
+            self.teacher(TEACHER)
+            return TEACHER
+        if value is not None:
+            return value if value == TEACHER else self._named(value)
         if self.config.teacher is None:
+            text = f"a prompt names no teacher, and there are several: {', '.join(self.config.teachers)}"
             raise ConfigError(
-                "there is no teacher", where=str(self.root / "fire.yaml"), fix="--set teacher.model=FOLDER"
+                text,
+                where="prompts, field `teacher`",
+                fix="give every prompt one, or --set teacher.model=FOLDER for the rest",
             )
-        return self.config.teacher
+        return TEACHER
+
+    def _named(self, value: str) -> str:
+        if value not in self.config.teachers:
+            text = f"a prompt names the teacher {value!r}; there are: {', '.join(self.config.teachers)}"
+            fix = f"correct the prompts, or --set teachers.{value}.model=FOLDER"
+            raise ConfigError(text, where="prompts, field `teacher`", fix=fix)
+        return value
 
     def _scores(self, round: int, add: str | Iterable[str]) -> pl.LazyFrame:
         frame = self._scan("scores", round)

@@ -23,8 +23,8 @@ import torch
 from fire_data.models import head_of, hidden_states
 from fire_data.packing import micro_batches, pad, response_index
 from fire_data.schemas.errors import DataError
-from fire_data.schemas.tables import ADDONS, FLOAT_SIGNALS, SIGNALS, SUMMARIES, Column
-from fire_data.signals import token_logprobs, token_signals
+from fire_data.schemas.tables import ADDONS, EVALUATED, FLOAT_SIGNALS, SIGNALS, SUMMARIES, Column
+from fire_data.signals import model_signals, token_signals
 from fire_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -90,25 +90,27 @@ class TransformersScorer:
 
 
 @dataclass(frozen=True)
-class TransformersReference:
-    """The logprobs of one more model on the same tokens, behind the student's prompts."""
+class TransformersEvaluator:
+    """One transformers model over given responses, exact. Bounds as for `TransformersScorer`."""
 
     model: PreTrainedModel
     vocabulary: Vocabulary
     tokens_per_batch: int
     budget_bytes: int
+    entropy_kind: str = "exact"
 
-    def logprobs(self, rollouts: pa.Table, progress: Progress | None = None) -> pa.Table:
-        """The column `base_logprob`, row by row as in `rollouts`. Raises as `TransformersScorer.score`."""
+    def evaluate(self, rows: pa.Table, progress: Progress | None = None) -> pa.Table:
+        """The columns of `tables.EVALUATED` without `entropy_mass`. Raises as `TransformersScorer.score`."""
         head = head_of(self.model)
 
-        def evaluate(rows: list[_Row]) -> Columns:
-            hidden_TD = _predicting_states(self.model, [(r.student_prompt, r.response) for r in rows])
-            ids_T = _response_ids(rows, hidden_TD.device)
-            return {"base_logprob": token_logprobs(hidden_TD, head, ids_T, self.vocabulary, self.budget_bytes)}
+        def signals(batch: list[_Row]) -> Columns:
+            hidden_TD = _predicting_states(self.model, [(r.student_prompt, r.response) for r in batch])
+            ids_T = _response_ids(batch, hidden_TD.device)
+            return model_signals(hidden_TD, head, ids_T, self.vocabulary, self.budget_bytes)
 
-        rows = _read_rows(rollouts.select(["prompt_ids", "response_ids"]))
-        return _list_table(_by_rows(rows, self.tokens_per_batch, evaluate, progress), ADDONS["base"])
+        read = _read_rows(rows.select(["prompt_ids", "response_ids"]))
+        columns = [c for c in EVALUATED if c.name != "entropy_mass"]
+        return _list_table(_by_rows(read, self.tokens_per_batch, signals, progress), columns)
 
 
 def _by_rows(
@@ -132,20 +134,21 @@ def _by_rows(
 
 
 def summarise(table: pa.Table) -> pa.Table:
-    """Append the columns of `tables.SUMMARIES`: length, sums and maxima of every float signal, in float64.
+    """Append the columns of `tables.SUMMARIES`: length, sums and maxima of every float signal there is, in float64.
 
     Sums of the float32 columns are correctly rounded (`math.fsum`): they depend neither on order, threads nor machine.
     The maximum of an empty response is null.
     """
     lengths = pc.list_value_length(table["response_ids"]).to_numpy().astype(np.int64)
-    columns = {name: _split(table[name], lengths) for name in FLOAT_SIGNALS}
+    columns = {name: _split(table[name], lengths) for name in FLOAT_SIGNALS if name in table.column_names}
     sums = {f"{name}_sum": [math.fsum(row) for row in rows] for name, rows in columns.items()}
     maxima = {f"{name}_max": [max(row, default=None) for row in rows] for name, rows in columns.items()}
     pairs = zip(columns["teacher_entropy"], columns["student_entropy"], strict=True)
     products = [math.fsum(t * s for t, s in zip(teacher, student, strict=True)) for teacher, student in pairs]
     values = {"length": lengths, **sums, **maxima, "entropy_product_sum": products}
     for column in SUMMARIES:
-        table = table.append_column(column.field(), pa.array(values[column.name], column.type))
+        if column.name in values:
+            table = table.append_column(column.field(), pa.array(values[column.name], column.type))
     return table
 
 

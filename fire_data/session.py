@@ -6,14 +6,15 @@ Tokenizers are loaded for the fingerprints of a stage; weights not before a shar
 from __future__ import annotations
 
 import gc
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fire_data import chat, vocabulary
 from fire_data.run import Run
-from fire_data.schemas.config import ModelConfig
-from fire_data.schemas.errors import TokenizerError
+from fire_data.schemas.config import TEACHER, ModelConfig
+from fire_data.schemas.errors import ConfigError, TokenizerError
 from fire_data.schemas.manifest import Manifest, digest
 from fire_data.shards import Part, read_manifest, verify_file
 from fire_data.stages import Reporter, Silent
@@ -21,6 +22,8 @@ from fire_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fire_data.engines import Engine
 
 
 class Session:
@@ -30,10 +33,24 @@ class Session:
         self.run = run
         self.report = report or Silent()
         self._models: dict[str, tuple[str, Any]] = {}
+        self._tokenizers: dict[str, Any] = {}
+        self._comparisons: dict[str, vocabulary.Comparison] = {}
+        self._engines: dict[str, tuple[str, Engine]] = {}
+        self._verified: set[str] = set()
+        self.probes: dict[str, dict[str, Any]] = {}
         if run.config.threads:
             import torch
 
             torch.set_num_threads(run.config.threads)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what lives outside of this process."""
+        for _, engine in self._engines.values():
+            engine.close()
+        self._engines.clear()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -42,48 +59,57 @@ class Session:
 
         return models.load_tokenizer(self.run.config.student, self.run.root)
 
-    @cached_property
-    def teacher_tokenizer(self) -> Any:
-        """The teacher's tokenizer."""
+    def teacher_tokenizer(self, name: str) -> Any:
+        """A teacher's tokenizer."""
         from fire_data import models
 
-        return models.load_tokenizer(self.run.teacher(), self.run.root)
+        if name not in self._tokenizers:
+            self._tokenizers[name] = models.load_tokenizer(self.run.teacher(name), self.run.root)
+        return self._tokenizers[name]
 
-    @cached_property
-    def comparison(self) -> vocabulary.Comparison:
-        """Student's and teacher's tokenizers compared; raises TokenizerError if an id means different bytes."""
-        found = vocabulary.compare(self.tokenizer, self.teacher_tokenizer)
-        student, teacher = self.run.config.student.model, self.run.teacher().model
-        vocabulary.require_compatible(found, f"student {student}, teacher {teacher}")
-        for warning in found.warnings:
-            self.report.warn(warning)
-        return found
+    def comparison(self, name: str) -> vocabulary.Comparison:
+        """The student's and a teacher's tokenizers compared; TokenizerError if an id means different bytes."""
+        if name not in self._comparisons:
+            found = vocabulary.compare(self.tokenizer, self.teacher_tokenizer(name))
+            student, teacher = self.run.config.student.model, self.run.teacher(name).model
+            vocabulary.require_compatible(found, f"student {student}, {called(name)} {teacher}")
+            for warning in found.warnings:
+                self.report.warn(warning)
+            self._comparisons[name] = found
+        return self._comparisons[name]
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The ids that may be sampled, share the probability and are trained: those all models have."""
         from fire_data import models
 
-        cfg = self.run.config
+        cfg, teachers = self.run.config, self.run.teachers
+        # The student is trained here, whoever runs it while it writes.
         models.check_model_files(cfg.student, self.run.root, weights=cfg.rollout.engine != "fake")
-        if cfg.teacher is not None:
-            models.check_model_files(cfg.teacher, self.run.root, weights=cfg.score.engine != "fake")
-            _ = self.comparison  # raises if the tokenizers do not fit together
-        used = [cfg.student] + ([cfg.teacher] if cfg.teacher else [])
-        tokenizers = [self.tokenizer] + ([self.teacher_tokenizer] if cfg.teacher else [])
-        rows = [models.output_rows(model, self.run.root) for model in used]
+        for name, teacher in teachers.items():
+            weights = cfg.score.engine != "fake" and teacher.url is None
+            models.check_model_files(teacher, self.run.root, weights=weights)
+            self.comparison(name)  # raises if the tokenizers do not fit together
+        tokenizers = [self.tokenizer, *map(self.teacher_tokenizer, teachers)]
+        rows = [models.output_rows(model, self.run.root) for model in (cfg.student, *teachers.values())]
         return vocabulary.shared_vocabulary(*tokenizers, rows=rows)
+
+    @cached_property
+    def base_tokenizer(self) -> Any:
+        """The reference model's tokenizer."""
+        from fire_data import models
+
+        base = self.run.base()
+        return self.tokenizer if base is self.run.config.student else models.load_tokenizer(base, self.run.root)
 
     @cached_property
     def base_ids(self) -> Vocabulary:
         """All ids the reference model can read. Raises TokenizerError if one has another meaning for the student."""
         from fire_data import models
 
-        cfg, base = self.run.config, self.run.base()
-        tokenizer = self.tokenizer
+        cfg, base, tokenizer = self.run.config, self.run.base(), self.base_tokenizer
         if base is not cfg.student:
-            models.check_model_files(base, self.run.root, weights=cfg.score.engine != "fake")
-            tokenizer = models.load_tokenizer(base, self.run.root)
+            models.check_model_files(base, self.run.root, weights=cfg.score.engine != "fake" and base.url is None)
             found = vocabulary.compare(self.tokenizer, tokenizer)
             if found.conflicts or not found.shared:
                 text = "the base model's tokenizer gives ids another meaning than the student's"
@@ -97,13 +123,12 @@ class Session:
         size = min(self.vocabulary.size, self.base_ids.size)
         return Vocabulary(size, self.vocabulary.allowed[:size] & self.base_ids.allowed[:size])
 
-    @cached_property
-    def teacher_vocabulary(self) -> Vocabulary:
-        """All ids of the teacher: what it may write itself."""
+    def teacher_vocabulary(self, name: str) -> Vocabulary:
+        """All ids of a teacher: what it may write itself."""
         from fire_data import models
 
-        rows = models.output_rows(self.run.teacher(), self.run.root)
-        return vocabulary.shared_vocabulary(self.teacher_tokenizer, rows=[rows])
+        rows = models.output_rows(self.run.teacher(name), self.run.root)
+        return vocabulary.shared_vocabulary(self.teacher_tokenizer(name), rows=[rows])
 
     @cached_property
     def vocabulary_fields(self) -> dict[str, Any]:
@@ -130,10 +155,18 @@ class Session:
         assert manifest is not None
         return {"weights": f"checkpoint:{manifest.digest}", "dtype": cfg.dtype}
 
-    def teacher_fields(self) -> dict[str, Any]:
-        """The teacher, for a fingerprint."""
-        cfg = self.run.teacher()
-        return {"weights": self._fingerprint(cfg), "dtype": cfg.dtype}
+    def teacher_fields(self, name: str) -> dict[str, Any]:
+        """A teacher, for a fingerprint: its weights, its tokenizer, and how it is told what to answer."""
+        cfg = self.run.teacher(name)
+        own = self.run.config.score.teacher_prompt == "own"
+        return {
+            "weights": self._fingerprint(cfg),
+            "dtype": cfg.dtype,
+            "tokenizer": vocabulary.fingerprint(self.teacher_tokenizer(name)),
+            "template": self.template_fields(name) if own else "shared",
+            **({"system": cfg.system} if cfg.system is not None else {}),
+            **({"served": True} if cfg.url is not None else {}),
+        }
 
     def base_fields(self) -> dict[str, Any]:
         """The reference model, for a fingerprint."""
@@ -146,23 +179,35 @@ class Session:
 
         return {"threads": torch.get_num_threads(), section: getattr(self.run.config, section).performance()}
 
-    def template_fields(self, cfg: ModelConfig) -> str:
-        """The chat template a model renders with, for a fingerprint."""
-        tokenizer = self.teacher_tokenizer if cfg is self.run.config.teacher else self.tokenizer
-        raw = cfg is self.run.config.student and self.run.config.rollout.raw
-        return chat.template_fingerprint(tokenizer, cfg, self.run.root, raw)
+    def template_fields(self, teacher: str | None = None) -> str:
+        """The chat template that the student, or a teacher, renders with, for a fingerprint."""
+        if teacher is not None:
+            cfg = self.run.teacher(teacher)
+            return chat.template_fingerprint(self.teacher_tokenizer(teacher), cfg, self.run.root, False)
+        cfg = self.run.config.student
+        return chat.template_fingerprint(self.tokenizer, cfg, self.run.root, self.run.config.rollout.raw)
 
     def student(self, round: int) -> PreTrainedModel:
         """The model that writes in a round, loaded for inference; its bytes are verified if it is a checkpoint."""
         key = self.student_fields(round)["weights"]
-        if round > 0 and self._models.get("student", ("", None))[0] != key:
-            part = self.run.part("checkpoints", round - 1)
-            verify_checkpoint(part, read_manifest(part))
+        if self._models.get("student", ("", None))[0] != key:
+            self.verify_student(round)
         return self._load("student", key, self.run.student(round))
 
-    def teacher(self) -> PreTrainedModel:
-        """The teacher, loaded for inference."""
-        return self._load("teacher", self.teacher_fields()["weights"], self.run.teacher())
+    def verify_student(self, round: int) -> None:
+        """Raise DamagedError if the model that writes in a round is a checkpoint with a file that was changed."""
+        if round == 0:
+            return
+        part = self.run.part("checkpoints", round - 1)
+        manifest = read_manifest(part)
+        if manifest is not None and manifest.digest not in self._verified:
+            verify_checkpoint(part, manifest)
+            self._verified.add(manifest.digest)
+
+    def teacher(self, name: str) -> PreTrainedModel:
+        """A teacher, loaded for inference."""
+        cfg = self.run.teacher(name)
+        return self._load(name, self._fingerprint(cfg), cfg)
 
     def base(self) -> PreTrainedModel:
         """The reference model, loaded for inference; the student where that is the same."""
@@ -173,8 +218,57 @@ class Session:
         )
         return self._load("student" if same else "base", key, cfg)
 
+    def process(self, who: str, cfg: ModelConfig, ids: Vocabulary, stops: frozenset[int], longest: int) -> Engine:
+        """A model in a vllm process, which lives on and is given new weights where only those changed.
+
+        `longest`: tokens of prompt and response together.
+        """
+        from fire_data import models
+        from fire_data.vllm_engine import VllmEngine
+
+        folder, key = models.local_folder(cfg, self.run.root), self._fingerprint(cfg)
+        known, engine = self._engines.get(who, ("", None))
+        assert engine is None or isinstance(engine, VllmEngine)
+        if engine is not None and known != key:
+            self.report.start(f"loading {who}", 1, "model")
+            engine.load(folder)
+            self._engines[who] = (key, engine)
+        elif engine is None:
+            self.report.start(f"starting vllm for {who}", 1, "model")
+            log = self.run.root / ".fire" / "logs" / f"vllm-{who.replace(' ', '-')}.log"
+            made = VllmEngine(
+                folder, dtype=cfg.dtype, device=cfg.device, settings=self.run.config.vllm, vocabulary=ids,
+                stop_ids=stops, log=log, threads=self.run.config.threads, longest=longest,
+                entropy_topk=self.run.config.score.entropy_topk,
+            )  # fmt: skip
+            self._engines[who] = (key, made)
+        return self._engines[who][1]
+
+    def server(
+        self, who: str, cfg: ModelConfig, ids: Vocabulary, stops: frozenset[int], tokenizer: Any, longest: int
+    ) -> Engine:
+        """A model behind its url, after a probe of the server. Raises ConfigError if it is not what was declared."""
+        from fire_data.http_engine import HttpEngine
+
+        if self._engines.get(who, ("", None))[0] != cfg.model:
+            assert cfg.url is not None
+            self.release(who)
+            made = HttpEngine(
+                cfg.url, cfg.served_name or cfg.model, model=cfg.model, settings=self.run.config.http,
+                api_key=_secret(cfg), vocabulary=ids, stop_ids=stops,
+                entropy_topk=self.run.config.score.entropy_topk, who=who,
+            )  # fmt: skip
+            self.report.start(f"probing the server of {who}", 1, "server")
+            self.probes[who] = made.probe(tokenizer, longest)
+            self._engines[who] = (cfg.model, made)
+        return self._engines[who][1]
+
     def release(self, *who: str) -> None:
-        """Forget loaded models (all, if none is named) and give their memory back."""
+        """Forget loaded models and end engines (all, if none is named), and give their memory back."""
+        for name in who or tuple(self._engines):
+            _, engine = self._engines.pop(name, ("", None))
+            if engine is not None:
+                engine.close()
         there = [name for name in who or tuple(self._models) if self._models.pop(name, None) is not None]
         if not there:
             return
@@ -184,12 +278,24 @@ class Session:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def rest(self, *who: str) -> None:
+        """As `release`, for what holds an accelerator: in main memory a model may stay for the next round."""
+        from fire_data.models import resolve_device
+
+        names = who or (*self._models, *self._engines)
+        configs = {"student": self.run.config.student, "base": self.run.base(), **self.run.teachers}
+        for name in dict.fromkeys(names):
+            _, engine = self._engines.get(name, ("", None))
+            loaded = name in self._models and resolve_device(configs[name].device).type != "cpu"
+            if loaded or (engine is not None and engine.holds_gpu):
+                self.release(name)
+
     def _load(self, who: str, key: str, cfg: ModelConfig) -> PreTrainedModel:
         from fire_data import models
 
         if self._models.get(who, ("", None))[0] != key:
             self.release(who)
-            self.report.start(f"loading {who}", 1, "model")
+            self.report.start(f"loading {called(who)}", 1, "model")
             self._models[who] = (key, models.load_model(cfg, self.run.root))
         model: PreTrainedModel = self._models[who][1]
         return model
@@ -202,6 +308,22 @@ class Session:
     @property
     def _cache(self) -> Path:
         return self.run.root / ".fire" / "model-hashes.json"
+
+
+def _secret(cfg: ModelConfig) -> str | None:
+    """The key of a model's server, from the environment. Raises ConfigError if the variable is not set."""
+    if cfg.api_key_env is None:
+        return None
+    value = os.environ.get(cfg.api_key_env)
+    if not value:
+        text = f"the environment variable {cfg.api_key_env} is not set"
+        raise ConfigError(text, where=f"api_key_env of {cfg.model}", fix=f"export {cfg.api_key_env}=KEY")
+    return value
+
+
+def called(teacher: str) -> str:
+    """What messages call a model."""
+    return teacher if teacher in (TEACHER, "student", "base") else f"teacher {teacher}"
 
 
 def verify_checkpoint(part: Part, manifest: Manifest | None) -> None:

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from fire_data import files
 from fire_data.schemas.errors import DamagedError, DataError, FingerprintError, IncompleteError, StorageError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT, TABLES, conform
+from fire_data.schemas.tables import FORMAT, columns_of, conform
 
 VERBS = {
     "rollouts": "rollout", "scores": "score", "addons": "score", "weights": "weigh", "checkpoints": "train",
@@ -53,7 +53,7 @@ class Part:
 
     @property
     def table(self) -> str:
-        """The name of its rows' schema in `TABLES`: weights have one schema, each addon has its own."""
+        """The name of its rows' schema for `columns_of`: weights have one schema, each addon has its own."""
         return f"{self.stage}/{self.name}" if self.stage == "addons" else self.stage
 
     @property
@@ -213,7 +213,7 @@ def _receipt(path: Path, table: str, shard: str, rows: int, fingerprint: str, se
     if counted != rows:
         raise OSError(f"re-reading gave {counted} rows instead of {rows}")
     tokens = 0
-    leader = next((c.name for c in TABLES[table] if c.per == "token"), None)
+    leader = next((c.name for c in columns_of(table) if c.per == "token"), None)
     if leader:
         tokens = pc.sum(pc.list_value_length(pq.read_table(path, columns=[leader])[leader])).as_py() or 0
     return Receipt(

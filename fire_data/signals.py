@@ -67,6 +67,27 @@ def token_signals(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def model_signals(
+    hidden_TD: torch.Tensor, head: Head, ids_T: torch.Tensor, vocabulary: Vocabulary, budget_bytes: int
+) -> dict[str, torch.Tensor]:
+    """What one model says of the tokens `ids_T`: `logprob`, `entropy`, `max_logprob`, `top1_id`, `rank`, each [T].
+
+    The same numbers as `token_signals` gives of that model, where dtypes agree. Arguments as there.
+    """
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    parts: list[dict[str, torch.Tensor]] = []
+    with torch.no_grad():
+        for chunk in _chunks(len(ids_T), _rows(head, hidden_TD) * dtype.itemsize, budget_bytes):
+            logits_TV = mask_logits(head(hidden_TD[chunk]), vocabulary)
+            step, blocks = _blocks(logits_TV)
+            buffers = [logits_TV.new_empty(step, logits_TV.shape[1]) for _ in range(2)]
+            parts += [_block_model(logits_TV[b], ids_T[chunk][b, None], buffers) for b in blocks]
+            del logits_TV  # before the next chunk's logits exist
+    empty_TV = hidden_TD.new_zeros(0, vocabulary.size, dtype=dtype)
+    parts = parts or [_block_model(empty_TV, ids_T[:, None], [empty_TV, empty_TV.clone()])]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
 def token_logprobs(
     hidden_TD: torch.Tensor, head: Head, ids: torch.Tensor, vocabulary: Vocabulary, budget_bytes: int
 ) -> torch.Tensor:
@@ -164,6 +185,25 @@ def _block_signals(
         "student_top1_id": student_top1_R1[:, 0],
         "teacher_top1_id": teacher_top1_R1[:, 0],
         **ranks,
+    }
+
+
+def _block_model(logits_RV: torch.Tensor, ids_R1: torch.Tensor, buffers: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One model's signals of a few rows, in the steps of `_block_signals`; `buffers` are two tensors to work in."""
+    s_RV, p_RV = (buffer[: len(ids_R1)] for buffer in buffers)
+    max_R1, top1_R1 = _largest(logits_RV)
+    rank_R = _rank(logits_RV, ids_R1, p_RV)
+    torch.sub(logits_RV, max_R1, out=s_RV)
+    id_R = s_RV.gather(1, ids_R1)[:, 0]
+    torch.exp(s_RV, out=p_RV)
+    sum_R = p_RV.sum(1)
+    log_R, mean_R = sum_R.log(), s_RV.mul_(p_RV).sum(1) / sum_R
+    return {
+        "logprob": id_R - log_R,
+        "entropy": (log_R - mean_R).clamp(min=0),
+        "max_logprob": -log_R,
+        "top1_id": top1_R1[:, 0],
+        "rank": rank_R,
     }
 
 

@@ -2,14 +2,21 @@
 
 The plan and the fingerprint are fixed when a stage starts. A different fingerprint later is an error that names the
 fields; `redo` sets the stage, and all that was made from it, aside first.
+
+Shards do not depend on each other, so several may be made at a time, each in a thread (a lane): engines that wait for
+a server or a cluster are then kept busy. Bytes do not depend on the number of lanes. Times are in seconds.
 """
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -17,6 +24,10 @@ from fire_data import files
 from fire_data.schemas.errors import DataError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, differences, digest
 from fire_data.shards import Part, adopt, intact, read_manifest, read_receipt, require_current, write_shard
+
+_LOOK_S = 1.0  # how often running shards are looked at
+_SLOW_RATIO, _SLOW_S, _SLOW_KNOWN = 3.0, 60.0, 3  # slow: longer than 3 medians of at least 3 shards, and a minute
+_R = TypeVar("_R")
 
 
 class Reporter(Protocol):
@@ -49,6 +60,23 @@ class Stage:
     @property
     def fingerprint(self) -> str:
         return digest(self.fields)
+
+
+@dataclass
+class Lane:
+    """A shard that is being worked on. An engine that has it worked on elsewhere says where, for messages."""
+
+    shard: Shard
+    label: str
+    started: float
+    place: str | None = None
+
+    def __str__(self) -> str:
+        """How messages name it: `rollouts round-000, shard 00003`."""
+        return f"{self.label}, shard {self.shard.name}" if self.label else f"shard {self.shard.name}"
+
+
+LANE: ContextVar[Lane | None] = ContextVar("LANE", default=None)  # the lane of the calling thread
 
 
 def plan_shards(units: int, per_shard: int) -> tuple[Shard, ...]:
@@ -98,10 +126,17 @@ def run_stage(
     make: Callable[[Shard], pa.Table],
     finish: Callable[[list[Receipt]], dict[str, Any]] | None = None,
     report: Reporter | None = None,
+    *,
+    lanes: int = 1,
+    before: Callable[[list[Shard]], None] | None = None,
 ) -> Manifest:
     """Make every shard that is missing or damaged, then seal the stage. A finished, intact stage is left as it is.
 
-    `make` returns one conforming table per shard; `finish` turns the receipts into the manifest's `stats`.
+    Args:
+        make: returns one conforming table per shard; called by several threads at once if `lanes` is more than 1.
+        finish: turns the receipts into the manifest's `stats`.
+        lanes: how many shards are made at the same time, see `each_shard`.
+        before: called once, in the calling thread, with the shards that have to be made, if there are any.
     """
     part, report = stage.part, report or Silent()
     files.remove_leftovers(part.tmp)
@@ -109,14 +144,101 @@ def run_stage(
     receipts = {shard.name: _existing(part, shard, manifest, report) for shard in manifest.plan}
     if manifest.sealed and [r.sha256 if r else None for r in receipts.values()] == [r.sha256 for r in manifest.shards]:
         return manifest
-    report.start(part.label, sum(s.stop - s.start for s in manifest.plan), "rows")
-    for shard in manifest.plan:
-        if receipts[shard.name] is None:
-            started = time.monotonic()
-            receipts[shard.name] = write_shard(part, shard, make(shard), manifest.fingerprint, started)
-        report.advance(shard.stop - shard.start)
+    missing = [shard for shard in manifest.plan if receipts[shard.name] is None]
+    if before and missing:
+        before(missing)
+    rows = sum(s.stop - s.start for s in manifest.plan)
+    report.start(part.label, rows, "rows")
+    report.advance(rows - sum(s.stop - s.start for s in missing))
+
+    def commit(shard: Shard) -> Receipt:
+        started = time.monotonic()
+        return write_shard(part, shard, make(shard), manifest.fingerprint, started)
+
+    made = each_shard(missing, commit, lanes=lanes, report=report, label=part.label)
+    receipts |= {shard.name: receipt for shard, receipt in zip(missing, made, strict=True)}
     done = [r for shard in manifest.plan if (r := receipts[shard.name]) is not None]
     return seal(part, manifest, done, finish(done) if finish else {}, stage.recorded)
+
+
+def each_shard(
+    shards: Sequence[Shard],
+    work: Callable[[Shard], _R],
+    *,
+    lanes: int = 1,
+    report: Reporter | None = None,
+    label: str = "",
+    clock: Callable[[], float] = time.monotonic,
+) -> list[_R]:
+    """What `work` gives for every shard, in the order of `shards`, which is also the order in which they are started.
+
+    With `lanes` > 1 up to that many are worked on at the same time, each in a thread; with 1 all in the calling
+    thread. The first exception is raised when the shards that were running have ended; none is started after it.
+    An interrupt is raised at once: threads that still run end with the process. `report` is told of every shard's
+    rows, and of shards that take much longer than the others, from the calling thread only.
+    """
+    report = report or Silent()
+    if lanes <= 1 or len(shards) <= 1:
+        results = []
+        for shard in shards:
+            results.append(_in_lane(Lane(shard, label, clock()), work))
+            report.advance(shard.stop - shard.start)
+        return results
+    futures: list[Future[_R]] = []
+    running: dict[Future[_R], Lane] = {}
+    seconds: list[float] = []
+    slow: set[str] = set()
+    failure: BaseException | None = None
+    while True:
+        while failure is None and len(running) < lanes and len(futures) < len(shards):
+            future: Future[_R] = Future()
+            running[future] = lane = Lane(shards[len(futures)], label, clock())
+            futures.append(future)
+            # A daemon: nothing waits for it when the command is interrupted.
+            threading.Thread(target=_settle, args=(future, lane, work), name=f"lane {lane}", daemon=True).start()
+        if not running:
+            break
+        for future in wait(running, _LOOK_S, FIRST_COMPLETED).done:
+            lane = running.pop(future)
+            if (error := future.exception()) is not None:
+                failure = failure or error
+                continue
+            seconds.append(clock() - lane.started)
+            report.advance(lane.shard.stop - lane.shard.start)
+        _tell_slow(running.values(), seconds, slow, clock(), report)
+    if failure is not None:
+        raise failure
+    return [future.result() for future in futures]
+
+
+def _settle(future: Future[_R], lane: Lane, work: Callable[[Shard], _R]) -> None:
+    try:
+        future.set_result(_in_lane(lane, work))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the calling thread raises it
+        future.set_exception(error)
+
+
+def _in_lane(lane: Lane, work: Callable[[Shard], _R]) -> _R:
+    token = LANE.set(lane)
+    try:
+        return work(lane.shard)
+    finally:
+        LANE.reset(token)
+
+
+def _tell_slow(running: Iterable[Lane], seconds: list[float], told: set[str], now: float, report: Reporter) -> None:
+    """Warn once of every running shard that takes much longer than those that ended, which took `seconds`."""
+    if len(seconds) < _SLOW_KNOWN:
+        return
+    usual = statistics.median(seconds)
+    for lane in running:
+        age = now - lane.started
+        if age >= _SLOW_S and age > _SLOW_RATIO * usual and lane.shard.name not in told:
+            told.add(lane.shard.name)
+            place = f" on {lane.place}" if lane.place else ""
+            report.warn(
+                f"{lane} has been running{place} for {age:.0f} s; half of the others took {usual:.0f} s or less"
+            )
 
 
 def seal(

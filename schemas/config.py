@@ -21,10 +21,15 @@ from .errors import ConfigError
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scope = Literal["trajectory", "group", "step", "round"]
 Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
-Addon = Literal["topk", "base", "pass-rate"]
+Engine = Literal["transformers", "vllm", "http", "fake"]
 Normalise = Literal["none", "trajectory", "group", "step", "round"]
 
+TEACHER = "teacher"  # what the only teacher, or the one of prompts without a route, is called
+ADDED = ("topk", "base", "pass-rate")
+ADDED_TEACHER = "teacher."  # with the teacher's name: all rows under one teacher of several
+
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$"  # a folder under weights/, not a path
+_ROUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 # A rule's components: a file, which may hold a + if it begins with a slash or a dot, or a name.
 _COMPONENT = re.compile(r"((?:\.{0,2}/|~).*?\.py(?::\w+)?(?=\+|$)|[^+]*)(?:\+|$)")
 RULE_PARTS = ("keep", "weight", "advantage", "token_keep")
@@ -74,10 +79,16 @@ class ModelConfig(Section):
     chat_template_kwargs: dict[str, Any] = _field(
         {}, "for the chat template: {enable_thinking: false}; date_string sets its date"
     )
+    system: str | None = _field(
+        None, "system message that this teacher alone sees, in place of the conversation's (teacher_prompt: own)"
+    )
     trust_remote_code: bool = _field(
         False, "run Python code from the model's repository; leave off unless you wrote it"
     )
     device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
+    url: str | None = _perf(None, "OpenAI-compatible server that runs it, http://host:8000/v1; null: loaded here")
+    served_name: str | None = _perf(None, "the name under which the server lists it; null: model")
+    api_key_env: str | None = _perf(None, "environment variable that holds the server's key, never the key itself")
 
 
 class PromptsConfig(Section):
@@ -97,8 +108,8 @@ class VerifyConfig(Section):
 class RolloutConfig(Section):
     """How the student writes."""
 
-    engine: Literal["transformers", "fake"] = _field(
-        "transformers", "transformers (exact, CPU or GPU) or fake (dry runs)"
+    engine: Engine = _field(
+        "transformers", "transformers (exact, CPU or GPU), vllm (fast), http (the student's url) or fake (dry runs)"
     )
     n: int = _field(4, "samples per prompt", ge=1)
     prompts_per_round: int | None = _field(None, "prompts per round; null: all of them", ge=1)
@@ -119,12 +130,17 @@ class RolloutConfig(Section):
 class ScoreConfig(Section):
     """How both models are evaluated on the student's tokens."""
 
-    engine: Literal["transformers", "fake"] = _field("transformers", "transformers (exact) or fake (dry runs)")
+    engine: Engine = _field(
+        "transformers", "transformers (exact), vllm, http (urls) or fake; a teacher with a url is asked there anyway"
+    )
     teacher_prompt: Literal["shared", "own"] = _field(
         "shared", "shared: the teacher sees the student's prompt ids; own: the messages under its own chat template"
     )
-    add: tuple[Addon, ...] = _addon(
-        (), "further columns, each group in a table of its own: topk, base (base_logprob), pass-rate (of the teacher)"
+    entropy_topk: int = _field(
+        20, "tokens listed by an engine that cannot give exact entropies; those are then lower bounds", ge=1
+    )
+    add: tuple[str, ...] = _addon(
+        (), "further columns, each group in a table of its own: topk, base, pass-rate, teacher.NAME (of several)"
     )
     topk: int = _addon(16, "most likely tokens of each model that topk stores per response token", ge=1)
     pass_rate_samples: int = _addon(3, "answers of the teacher per prompt that pass-rate grades", ge=1)
@@ -151,6 +167,13 @@ class WeighConfig(Section):
     )
     rollout_is_cap: float | None = _field(
         None, "cap of exp(student_logprob - rollout_logprob) as a factor; null: off", gt=0
+    )
+    teacher: str = _field(
+        "routed",
+        "which teacher counts, of several: routed, average, confident (per trajectory), token (per token), or a name",
+    )
+    entropy: Literal["exact", "any"] = _field(
+        "exact", "any: rules may read entropies that are only bounds, from the top-k of a server"
     )
 
 
@@ -220,6 +243,36 @@ class EvalConfig(Section):
         return self
 
 
+class VllmConfig(Section):
+    """Engine vllm: one process per model, in an environment that may be another than this one."""
+
+    python: str | None = _perf(None, "interpreter of an environment that has vllm; null: this one")
+    max_model_len: int | None = _perf(None, "longest prompt and response together; null: what the stage needs", ge=2)
+    max_num_seqs: int = _perf(256, "sequences generated together", ge=1)
+    max_num_batched_tokens: int | None = _perf(None, "tokens per forward pass; null: vllm's own", ge=1)
+    gpu_memory_utilization: float = _perf(0.9, "share of the GPU's memory", gt=0, le=1)
+    tensor_parallel_size: int = _perf(1, "GPUs that share one model", ge=1)
+    enforce_eager: bool = _perf(False, "true: no CUDA graphs; starts faster, generates slower")
+    cpu_kv_cache_gb: float = _perf(2.0, "size of the key-value cache without a GPU", gt=0)
+    start_timeout: float = _perf(900.0, "seconds until the engine must be ready", gt=0)
+    args: dict[str, Any] = _perf({}, "further arguments of vllm.LLM")
+
+
+class HttpConfig(Section):
+    """Models behind a url: how hard a server is asked and how long it may be away."""
+
+    concurrency: int = _perf(32, "requests in flight per server", ge=1)
+    timeout: float = _perf(600.0, "seconds for one answer", gt=0)
+    deadline: float = _perf(120.0, "seconds without any success after which the command stops", gt=0)
+
+
+class RayConfig(Section):
+    """`--ray`: where engines are placed on a Ray cluster."""
+
+    address: str | None = _perf(None, "of an existing cluster, as in ray.init; null: a local one")
+    workers: int | None = _perf(None, "engines; null: one per GPU, or per `threads` CPUs", ge=1)
+
+
 class Config(Section):
     """The whole of `fire.yaml`."""
 
@@ -227,6 +280,9 @@ class Config(Section):
     threads: int | None = _perf(None, "CPU threads; bytes repeat only for an equal number; null: torch's default", ge=1)
     student: ModelConfig
     teacher: ModelConfig | None = None
+    teachers: dict[str, ModelConfig] = _field(
+        {}, "several teachers by name, for prompts that name one as `teacher`; keys of each as for the others"
+    )
     base: ModelConfig | None = _field(
         None, "Reference model of base_logprob (score.add: [base]); null: the given student"
     )
@@ -237,6 +293,43 @@ class Config(Section):
     weigh: WeighConfig = WeighConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    vllm: VllmConfig = VllmConfig()
+    http: HttpConfig = HttpConfig()
+    ray: RayConfig = RayConfig()
+
+    @field_validator("teachers")
+    @classmethod
+    def _names_of_teachers(cls, value: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        taken = {TEACHER, "student", "base", "routed", "average", "confident", "token", "all"}
+        for name in value:
+            if name in taken or not _ROUTE.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be the name of a teacher (letters, digits, - and _; not a keyword)")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        known = {TEACHER: self.teacher} if self.teacher else {}
+        known |= self.teachers
+        for name in self.score.add:
+            if name not in ADDED and name.removeprefix(ADDED_TEACHER) not in known:
+                there = (*ADDED, *(f"{ADDED_TEACHER}{n}" for n in known))
+                raise ValueError(f"score.add: there are no further columns {name!r}; there are: {', '.join(there)}")
+        if self.weigh.teacher not in ("routed", "average", "confident", "token", *known):
+            kinds = ", ".join(("routed", "average", "confident", "token", *known))
+            raise ValueError(f"weigh.teacher: {self.weigh.teacher!r} is none of {kinds}")
+        for model, who in ((self.student, "student"), (self.base, "base")):
+            if model is not None and model.system is not None:
+                raise ValueError(f"{who}.system: only a teacher has a system message of its own")
+        if self.score.teacher_prompt == "shared" and any(
+            t is not None and t.system is not None for t in known.values()
+        ):
+            raise ValueError("a teacher's system message needs score.teacher_prompt: own")
+        for engine, where in ((self.rollout.engine, "rollout"), (self.score.engine, "score")):
+            if engine == "http" and self.student.url is None:
+                raise ValueError(f"{where}.engine: http needs student.url")
+        if self.score.engine == "http" and any(t is not None and t.url is None for t in known.values()):
+            raise ValueError("score.engine: http needs the url of every teacher")
+        return self
 
     @field_validator("eval")
     @classmethod
@@ -293,7 +386,8 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         raise ConfigError("fire.yaml must hold keys and values", where=where, fix=fix)
     for name, field in Config.model_fields.items():
         # A section whose keys are all commented out is one without changes.
-        if name in values and values[name] is None and _section_of(field.annotation) is field.annotation:
+        whole = _section_of(field.annotation) is field.annotation or _is_mapping(field.annotation)
+        if name in values and values[name] is None and whole:
             values[name] = {}
     for override in overrides:
         _override(values, override)
@@ -363,7 +457,9 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _is_text(key: str) -> bool:
     """True for a field that takes text alone: its value on the command line is not read as YAML."""
     section, _, name = key.rpartition(".")
-    model = _section_of(Config.model_fields[section].annotation) if section in Config.model_fields else None
+    top, _, inner = section.partition(".")
+    annotation = Config.model_fields[top].annotation if top in Config.model_fields else None
+    model = _section_of(annotation) if bool(inner) == _is_mapping(annotation) else None
     if model is None or name not in model.model_fields:
         return False
     annotation = model.model_fields[name].annotation
@@ -379,6 +475,8 @@ def _explain(error: ErrorDetails) -> str:
         return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
     if error["type"] == "missing":
         return f"{key!r} is missing"
+    if not path:  # about several sections together
+        return error["msg"].removeprefix("Value error, ")
     return f"{key!r}: {error['msg']}" + (
         "" if isinstance(error["input"], dict) else f", not {reprlib.repr(error['input'])}"
     )
@@ -402,19 +500,31 @@ def render_config(values: dict[str, Any]) -> str:
         given = values.get(name)
         section = _section_of(field.annotation)
         about = field.description or (section.__doc__ if section else "") or ""
-        if given is None and section is not None and section is not field.annotation:
-            none = f"{about};" if field.description else f"{about} null: none;"
-            lines += ["", f"# {none} else keys as for the others."]
-            lines.append(f"{name}: null")
-            continue
         if section is None:
             lines.append(_line(name, field.default if given is None else given, field.description, ""))
-            continue
-        lines += ["", f"# {about}", f"{name}:"]
-        for key, sub in section.model_fields.items():
-            default = None if sub.is_required() else sub.default
-            lines.append(_line(key, (given or {}).get(key, default), sub.description, "  "))
+        elif _is_mapping(field.annotation):
+            lines += ["", f"# {about}", f"{name}:" if given else f"{name}: {{}}"]
+            for key, inner in (given or {}).items():
+                lines += [f"  {key}:", *_rendered(section, inner, "    ")]
+        elif given is None and section is not field.annotation:
+            none = f"{about};" if field.description else f"{about} null: none;"
+            lines += ["", f"# {none} else keys as for the others.", f"{name}: null"]
+        else:
+            lines += ["", f"# {about}", f"{name}:", *_rendered(section, given or {}, "  ")]
     return "\n".join(lines) + "\n"
+
+
+def _rendered(section: type[BaseModel], given: dict[str, Any], indent: str) -> list[str]:
+    lines = []
+    for key, sub in section.model_fields.items():
+        default = None if sub.is_required() else sub.default
+        lines.append(_line(key, given.get(key, default), sub.description, indent))
+    return lines
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """True for sections by name."""
+    return getattr(annotation, "__origin__", None) is dict
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FireError(Exception):
     """Something failed. `what` is the fact, `where` the place (stage, shard, row, column), `fix` a command."""
@@ -58,6 +60,14 @@ class IncompleteError(FireError):
 
 class EngineError(FireError):
     """A generation or scoring engine failed; finished shards are kept (exit 1)."""
+
+
+class PartialError(EngineError):
+    """An engine gave up on a call. `done`: its finished rows with their `trajectory_id` (an Arrow table), or None."""
+
+    def __init__(self, what: str, *, where: str | None = None, fix: str | None = None, done: Any = None) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.done = done
 
 
 class TrainingError(FireError):

@@ -1,8 +1,8 @@
 """The tables as pyarrow schemas with units in field metadata, and `conform()`, which names the row and column at fault.
 
 One row per trajectory. Token columns are lists with one element per token of `response_ids`; logprobs and entropies
-are in nats, over the full real vocabulary; the top-k columns have a list of k per token. `FORMAT` is written into every
-file; newer code reads older formats.
+are in nats, over the full real vocabulary; the top-k columns have a list of k per token. Columns that only some
+engines can give are optional: absent, never empty. `FORMAT` is written into every file; newer code reads older formats.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .config import ADDED_TEACHER
 from .errors import DataError
 
 FORMAT = 1
 
+_RANK = "1 + tokens strictly more likely"
 _TEXT, _I32, _F32, _F64, _BOOL = pa.string(), pa.int32(), pa.float32(), pa.float64(), pa.bool_()
 MESSAGES = pa.list_(pa.struct([pa.field("role", _TEXT), pa.field("content", _TEXT)]))
 IDS = pa.list_(pa.int32())
@@ -55,6 +57,8 @@ def _token(name: str, meaning: str, unit: str = "nats", type_: pa.DataType = FLO
     return Column(name, type_, meaning, unit, "token", **kwargs)
 
 
+_NAMED = _row("trajectory_id", _TEXT, "the row of scores this belongs to")
+
 PROMPTS = (
     _row("prompt_id", _TEXT, "explicit, or a hash of messages and teacher"),
     _row("messages", MESSAGES, "the conversation the student answers", nullable=True),
@@ -86,29 +90,41 @@ SIGNALS = (
     _token("student_entropy", "entropy of p_S"),
     _token("teacher_logprob", "log p_T of the sampled token"),
     _token("teacher_entropy", "entropy of p_T"),
-    _token("reverse_kl", "KL(p_S || p_T)"),
-    _token("forward_kl", "KL(p_T || p_S)"),
+    _token("reverse_kl", "KL(p_S || p_T)", optional=True),
+    _token("forward_kl", "KL(p_T || p_S)", optional=True),
     _token("student_max_logprob", "largest log p_S"),
     _token("teacher_max_logprob", "largest log p_T"),
     _token("student_top1_id", "the student's most likely token", "token id", IDS),
     _token("teacher_top1_id", "the teacher's most likely token", "token id", IDS),
-    _token("student_rank", "rank of the sampled token under the student", "1 + tokens strictly more likely", IDS),
-    _token("teacher_rank", "rank of the sampled token under the teacher", "1 + tokens strictly more likely", IDS),
+    _token("student_rank", "rank of the sampled token under the student", _RANK, IDS, optional=True),
+    _token("teacher_rank", "rank of the sampled token under the teacher", _RANK, IDS, optional=True),
     _token(
         "teacher_rank_of_student_top1",
         "rank of the student's top-1 under the teacher",
-        "1 + tokens strictly more likely",
+        _RANK,
         IDS,
+        optional=True,
     ),
+)
+# Both distributions at once: from an engine that holds the logits of both models.
+JOINT = ("reverse_kl", "forward_kl", "teacher_rank_of_student_top1")
+
+# Where an entropy is only a lower bound, how much probability the tokens hold that it was computed from.
+MASSES = tuple(
+    _token(f"{who}_entropy_mass", f"probability of the tokens {who}_entropy is a bound from", "0 to 1", optional=True)
+    for who in ("student", "teacher")
 )
 
 FLOAT_SIGNALS = tuple(c.name for c in SIGNALS if c.type == FLOATS)
 
 SUMMARIES = (
     _row("length", _I32, "response tokens", "tokens"),
-    *(_row(f"{name}_sum", _F64, f"sum of {name} over the response", "nats") for name in FLOAT_SIGNALS),
     *(
-        _row(f"{name}_max", _F64, f"maximum of {name} over the response", "nats", nullable=True)
+        _row(f"{name}_sum", _F64, f"sum of {name} over the response", "nats", optional=name in JOINT)
+        for name in FLOAT_SIGNALS
+    ),
+    *(
+        _row(f"{name}_max", _F64, f"maximum of {name} over the response", "nats", nullable=True, optional=name in JOINT)
         for name in FLOAT_SIGNALS
     ),
     _row("entropy_product_sum", _F64, "sum of teacher_entropy * student_entropy", "nats squared"),
@@ -117,12 +133,13 @@ SUMMARIES = (
 SCORES = (
     *ROLLOUTS,
     *SIGNALS,
+    *MASSES,
     Column("teacher_prompt_ids", IDS, "the teacher's prompt when it differs", "token id", "prompt", nullable=True),
     *SUMMARIES,
 )
 
 WEIGHTS = (
-    _row("trajectory_id", _TEXT, "the row of scores this belongs to"),
+    _NAMED,
     _row("step", _I32, "optimizer step within the round", "count from 0"),
     _row("keep", _BOOL, "false: dropped by the filter"),
     _row("drop_reason", _TEXT, "why it was dropped", nullable=True),
@@ -153,6 +170,23 @@ ADDONS: dict[str, tuple[Column, ...]] = {
     "pass-rate": (_row("teacher_pass_rate", _F32, "share of the teacher's own answers that are right", "0 to 1"),),
 }
 
+
+def addon_columns(name: str) -> tuple[Column, ...] | None:
+    """The columns of an addon: a fixed group, or `teacher.NAME`, one teacher of several. None: there is no such."""
+    teacher = name.removeprefix(ADDED_TEACHER)
+    return _teacher_columns(teacher) if teacher and teacher != name else ADDONS.get(name)
+
+
+def _teacher_columns(name: str) -> tuple[Column, ...]:
+    ids = f"prompt of teacher {name} when it differs from the student's"
+    return (
+        _token(f"teacher_logprob.{name}", f"log p of the sampled token under teacher {name}"),
+        _token(f"teacher_entropy.{name}", f"entropy of teacher {name}"),
+        _token(f"teacher_entropy_mass.{name}", "probability of the tokens it is a bound from", "0 to 1", optional=True),
+        Column(f"teacher_prompt_ids.{name}", IDS, ids, "token id", "prompt", nullable=True),
+    )
+
+
 EVALS = (
     _row("prompt_id", _TEXT, "held-out prompt"),
     _row("mode", _TEXT, "greedy or sampled"),
@@ -165,27 +199,45 @@ EVALS = (
     _row("finish_reason", _TEXT, "stop or length"),
 )
 
+# What one model says about given responses, before it is known which model it was.
+EVALUATED = (
+    _token("logprob", "log p of the sampled token"),
+    _token("entropy", "entropy of p"),
+    _token("max_logprob", "largest log p"),
+    _token("top1_id", "the most likely token", "token id", IDS),
+    _token("rank", "rank of the sampled token", _RANK, IDS, optional=True),
+    _token("entropy_mass", "probability of the tokens that the entropy is a bound from", "0 to 1", optional=True),
+)
+
 TABLES: dict[str, tuple[Column, ...]] = {
     "prompts": PROMPTS,
     "rollouts": ROLLOUTS,
     "scores": SCORES,
     "weights": WEIGHTS,
     "evals": EVALS,
-    **{
-        f"addons/{name}": (_row("trajectory_id", _TEXT, "the row of scores this belongs to"), *columns)
-        for name, columns in ADDONS.items()
-    },
+    **{f"addons/{name}": (_NAMED, *columns) for name, columns in ADDONS.items()},
 }
+
+
+def columns_of(table: str) -> tuple[Column, ...]:
+    """The columns of a table of `TABLES`, or of the addon of a teacher, `addons/teacher.NAME`."""
+    if table in TABLES:
+        return TABLES[table]
+    return (_NAMED, *(addon_columns(table.removeprefix("addons/")) or ()))
 
 
 def addon_of(column: str) -> str | None:
     """The addon that holds a column, as `fire score RUN --add` takes it; None for columns of other tables."""
+    teacher = column.partition(".")[2]
+    if teacher and any(column == c.name for c in _teacher_columns(teacher)):
+        return f"{ADDED_TEACHER}{teacher}"
     return next((name for name, columns in ADDONS.items() if column in [c.name for c in columns]), None)
 
 
 def arrow_schema(table: str) -> pa.Schema:
     """The Arrow schema of a table, optional columns included, with unit and shape in the field metadata."""
-    return pa.schema([c.field() for c in TABLES[table]], metadata={"fire.table": table, "fire.format": str(FORMAT)})
+    fields = [c.field() for c in columns_of(table)]
+    return pa.schema(fields, metadata={"fire.table": table, "fire.format": str(FORMAT)})
 
 
 def conform(data: pa.Table, table: str, where: str) -> pa.Table:
@@ -194,7 +246,7 @@ def conform(data: pa.Table, table: str, where: str) -> pa.Table:
     Checked: required columns, types, nulls, token columns as long as `response_ids` (or as the first of them, which
     stands for it in tables without), floats that are not finite, and that the lists of a top-k row have one length.
     """
-    columns = [c for c in TABLES[table] if c.name in data.column_names or not c.optional]
+    columns = [c for c in columns_of(table) if c.name in data.column_names or not c.optional]
     twice = [c.name for c in columns if data.column_names.count(c.name) > 1]
     if twice:
         raise DataError(f"column {twice[0]!r} is there twice", where=where)

@@ -34,13 +34,13 @@ from fire_data.schemas.errors import (
     IncompleteError,
 )
 from fire_data.schemas.manifest import Manifest
-from fire_data.schemas.tables import ADDONS, TABLES
+from fire_data.schemas.tables import ADDONS, MASSES, TABLES
 from fire_data.session import Session
 from fire_data.shards import read_manifest, read_shard, sealed
 from fire_data.stages import Silent
 from fire_data.steps import columns
 from fire_data.steps.columns import add_columns
-from fire_data.steps.passrate import make_teacher
+from fire_data.steps.engines import teacher_generator
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 
@@ -226,7 +226,7 @@ def test_an_addon_that_was_interrupted_anywhere_ends_in_the_same_bytes(
     shutil.copytree(rolled.root, tmp_path / "whole")
     score(Session(whole := open_run(tmp_path / "whole")), 0, add=["topk"])
     expected = bytes_of(whole)
-    monkeypatch.setattr("fire_data.steps.inputs.FakeScorer", Failing)
+    monkeypatch.setattr("fire_data.steps.engines.FakeScorer", Failing)
     for moment in range(3):
         shutil.rmtree(tmp_path / "cut", ignore_errors=True)
         shutil.copytree(rolled.root, tmp_path / "cut")
@@ -299,7 +299,7 @@ def test_a_missing_addon_names_the_command_that_adds_it_and_that_command_does(ro
 def test_weights_and_scores_are_joined_with_addons_and_exploded_token_by_token(rolled: Run) -> None:
     score(Session(rolled), 0, add=tuple(ADDONS))
     frame = rolled.scores(0, add=tuple(ADDONS)).collect()
-    assert frame.width == len(TABLES["scores"]) + sum(map(len, ADDONS.values()))
+    assert frame.width == sum(c not in MASSES for c in TABLES["scores"]) + sum(map(len, ADDONS.values()))
     tokens = fd.explode(frame).collect()
     assert tokens.height == frame["length"].sum()
     assert tokens.schema["student_topk_ids"] == pl.List(pl.Int32)
@@ -394,7 +394,9 @@ def _with_tokens(manifest: Manifest, tokens: int) -> Manifest:
 def test_settings_of_addons_do_not_touch_sealed_scores(rolled: Run, fire: Fire) -> None:
     score(Session(rolled), 0)
     before = touched(rolled, "scores")
-    assert manifest_of(rolled, "scores").fields["score"] == {"engine": "fake", "teacher_prompt": "shared"}
+    assert manifest_of(rolled, "scores").fields["score"] == {
+        "engine": "fake", "teacher_prompt": "shared", "entropy_topk": 20,
+    }  # fmt: skip
     options = ["score.topk=5", "score.pass_rate_samples=1", "score.add=[topk, base]"]
     options += [f"base.model={rolled.config.teacher and rolled.config.teacher.model}"]
     answer = fire("score", rolled.root, *(x for o in options for x in ("--set", o)))
@@ -504,18 +506,18 @@ def test_pass_rates_equal_answers_of_the_teacher_graded_by_hand(real: Run) -> No
     assert isinstance(frame, pl.DataFrame)
     rates = frame["teacher_pass_rate"].to_list()
     session = Session(real)
-    teacher, cfg, rollouts = make_teacher(session), real.config, real.rollouts(0).collect()
+    teacher, cfg, rollouts = teacher_generator(session, "teacher"), real.config, real.rollouts(0).collect()
     by_hand: dict[str, float] = {}
     for row in rollouts.unique("prompt_id").iter_rows(named=True):
         text = "| " + "".join(f"{m['content']} " for m in row["messages"]) + "so"
-        ids = session.teacher_tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = session.teacher_tokenizer("teacher")(text, add_special_tokens=False)["input_ids"]
         assert ids != row["prompt_ids"]
         right = 0
         for j in range(6):
             name = hash_text(cfg.seed, "pass-rate", row["prompt_id"], j)
             request = pa.table({"trajectory_id": [name], "prompt_ids": pa.array([ids], pa.list_(pa.int32()))})
             answer = teacher.generate(request, Sampling(cfg.seed, max_new_tokens=12))["response_ids"][0].as_py()
-            found = re.findall(PATTERN, session.teacher_tokenizer.decode(answer, skip_special_tokens=True))
+            found = re.findall(PATTERN, session.teacher_tokenizer("teacher").decode(answer, skip_special_tokens=True))
             right += found[-1:] == [row["answer"]]
         by_hand[row["prompt_id"]] = right / 6
     assert rates == [pytest.approx(by_hand[p]) for p in rollouts["prompt_id"]]
@@ -580,14 +582,14 @@ def test_the_base_stays_the_given_student_when_the_student_was_trained(tmp_path:
     ]
     assert max(off) > 1e-3, "the student has moved"
     from fire_data.models import load_model
-    from fire_data.scoring import TransformersReference
+    from fire_data.scoring import TransformersEvaluator
 
     session = Session(run)
     model = load_model(run.config.student, run.root)
-    expected = TransformersReference(model, session.vocabulary, 1, 1).logprobs(
+    expected = TransformersEvaluator(model, session.vocabulary, 1, 1).evaluate(
         pa.concat_tables([read_shard(run.part("rollouts", 1), r) for r in sealed(run.part("rollouts", 1)).shards])
     )
-    for ours, theirs in zip(later["base_logprob"].to_list(), expected["base_logprob"].to_pylist(), strict=True):
+    for ours, theirs in zip(later["base_logprob"].to_list(), expected["logprob"].to_pylist(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     fields = [sealed(run.part("addons", r, "base")).fields["base"] for r in (0, 1)]
     assert fields[0] == fields[1]

@@ -19,7 +19,7 @@ from fire_data.schemas.manifest import digest
 
 MINIMAL: dict[str, Any] = {"student": {"model": "m"}}
 SECTIONS = {
-    name: next(t for t in (f.annotation, *typing.get_args(f.annotation)) if isinstance(t, type))
+    name: next(t for t in (f.annotation, *typing.get_args(f.annotation)) if isinstance(t, type) and t is not str)
     for name, f in Config.model_fields.items()
     if name not in ("seed", "threads")
 }
@@ -157,7 +157,7 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
                 {},
                 optional={
                     "lr": st.floats(1e-12, 10, exclude_min=True),
-                    "betas": st.tuples(st.floats(0, 1), st.floats(0, 1)),
+                    "betas": st.tuples(st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_max=True)),
                     "batch_size": st.none() | st.integers(1, 99),
                 },
             ),
@@ -178,18 +178,28 @@ def test_a_written_configuration_reads_back_equal(values: dict[str, Any]) -> Non
 
 
 def test_every_field_of_a_written_configuration_is_there_once_and_explained() -> None:
-    text = render_config({"student": {"model": "m"}, "teacher": {"model": "t"}, "base": {"model": "b"}})
+    text = render_config(
+        {
+            "student": {"model": "m"},
+            "teacher": {"model": "t"},
+            "base": {"model": "b"},
+            "teachers": {"x": {"model": "x"}},
+        }
+    )
     tree = yaml.safe_load(text)
     lines = text.splitlines()
     for name, field in Config.model_fields.items():
         if name not in SECTIONS:
             assert field.description
             continue
-        assert set(tree[name]) == set(SECTIONS[name].model_fields)
+        values, indent = (tree[name]["x"], "    ") if name == "teachers" else (tree[name], "  ")
+        assert set(values) == set(SECTIONS[name].model_fields)
         assert SECTIONS[name].__doc__
         for key, sub in SECTIONS[name].model_fields.items():
             assert sub.description, f"{name}.{key}"
-            assert any(line.startswith(f"  {key}: ") and line.endswith(f"  # {sub.description}") for line in lines)
+            assert any(
+                line.startswith(f"{indent}{key}: ") and line.endswith(f"  # {sub.description}") for line in lines
+            )
 
 
 def other_value(model: type[BaseModel], name: str, value: Any) -> Any:
@@ -215,6 +225,8 @@ def other_value(model: type[BaseModel], name: str, value: Any) -> Any:
     inner = typing.get_args(kind)[0]
     if typing.get_origin(inner) is typing.Literal:
         return (*value, typing.get_args(inner)[0])
+    if inner is str:
+        return (*value, "topk")
     return tuple(v / 2 for v in value) if isinstance(value[0], float) else (1, 2)
 
 
@@ -246,8 +258,14 @@ def marked(mark: str) -> set[str]:
 
 
 def test_speed_fields_are_these_and_no_others() -> None:
+    models = [
+        f"{m}.{f}"
+        for m in ("student", "teacher", "teachers", "base")
+        for f in ("device", "url", "served_name", "api_key_env")
+    ]
+    places = [f"{s}.{f}" for s in ("vllm", "http", "ray") for f in SECTIONS[s].model_fields]
     assert marked("perf") == {
-        "student.device", "teacher.device", "base.device", "prompts.path", "rollout.rows_in_flight",
+        *models, *places, "prompts.path", "rollout.rows_in_flight",
         "score.logits_budget_mb", "score.tokens_per_batch", "train.save_every", "train.tokens_per_microbatch",
         "train.logits_budget_mb",
         "train.gradient_checkpointing", "train.device", "eval.prompts",

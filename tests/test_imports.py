@@ -31,11 +31,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "storage and engines": (
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
         "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "training", "trainstate", "stream",
-        "session",
+        "kept", "session",
     ),
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",
-        "steps.inputs", "steps.columns", "steps.passrate", "steps.diagnose", "steps.compare",
+        "steps.inputs", "steps.engines", "steps.passes", "steps.columns", "steps.passrate", "steps.diagnose",
+        "steps.compare",
         "demo", "demo.tasks", "demo.world", "demo.arms", "demo.curve",
     ),
     "cli": (

@@ -12,8 +12,8 @@ import torch
 from fire_data import scoring
 from fire_data.engines import FakeScorer
 from fire_data.models import head_of
-from fire_data.schemas.tables import ADDONS, FLOAT_LISTS, IDS, SIGNALS, conform
-from fire_data.scoring import TransformersReference, TransformersScorer
+from fire_data.schemas.tables import ADDONS, EVALUATED, FLOAT_LISTS, IDS, SIGNALS, conform
+from fire_data.scoring import TransformersEvaluator, TransformersScorer
 from fire_data.signals import chunk_candidates, token_signals
 from fire_data.topk import best
 from fire_data.vocabulary import Vocabulary, mask_logits
@@ -171,9 +171,10 @@ def test_reference_logprobs_equal_a_plain_forward_behind_the_students_prompt() -
         logprobs = plain_logits(model, row["prompt_ids"], row["response_ids"], vocabulary()).log_softmax(1)
         expected.append(logprobs.gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0].tolist())
     for tokens, budget in ((64, 1 << 20), (1, 1)):
-        found = TransformersReference(model, vocabulary(), tokens, budget).logprobs(table)
-        assert [(f.name, f.type) for f in found.schema] == [(c.name, c.type) for c in ADDONS["base"]]
-        for a, b in zip(found["base_logprob"].to_pylist(), expected, strict=True):
+        found = TransformersEvaluator(model, vocabulary(), tokens, budget).evaluate(table)
+        expected_columns = [(c.name, c.type) for c in EVALUATED if c.name != "entropy_mass"]
+        assert [(f.name, f.type) for f in found.schema] == expected_columns
+        for a, b in zip(found["logprob"].to_pylist(), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -205,7 +206,7 @@ def test_the_fake_engine_agrees_with_itself(k: int) -> None:
                     assert logprob == other[token] if token in other else logprob < min(other.values())
     assert overlap
     assert found["student_topk_logprobs"].type == FLOAT_LISTS
-    base = FakeScorer(voc).logprobs(table)["base_logprob"].to_pylist()
+    base = FakeScorer(voc).evaluate(table)["logprob"].to_pylist()
     assert [len(x) for x in base] == [len(x) for x in table["response_ids"].to_pylist()]
     assert all(x < 0 for row in base for x in row)
 

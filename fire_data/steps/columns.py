@@ -6,7 +6,6 @@ scores is never written again and only what is missing is computed. Units: nats;
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,23 +16,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fire_data import verify
-from fire_data.engines import FakeScorer, Generator, Reference
+from fire_data.kept import Kept
 from fire_data.overview import start_over
+from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.errors import ConfigError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
-from fire_data.schemas.tables import ADDONS, FORMAT, conform
+from fire_data.schemas.tables import FLOATS, FORMAT, addon_columns, conform
 from fire_data.session import Session
 from fire_data.shards import Part, is_sealed, read_manifest, read_shard, sealed, write_shard
 from fire_data.stages import Stage, open_stage, run_stage
+from fire_data.steps import engines
 from fire_data.steps.inputs import (
-    make_scorer,
     require_known,
     require_vocabulary,
+    routed,
     score_fields,
-    score_inputs,
     with_teacher_prompts,
 )
-from fire_data.steps.passrate import count_prompts, make_teacher, pass_rate_fields, pass_rates
+from fire_data.steps.passes import Sweep, plan_passes, require_joint
+from fire_data.steps.passrate import count_prompts, pass_rate_fields, pass_rates
 
 _TRUNCATED = 0.1  # cut answers among the teacher's that are worth a word
 
@@ -48,6 +49,8 @@ class Addon:
     stats: Callable[[list[Receipt]], dict[str, Any]]
     cost: str
     k: int = 0
+    lanes: int = 1
+    before: Callable[[list[Shard]], None] | None = None
 
 
 def add_columns(session: Session, round: int, name: str, *, redo: bool = False) -> Manifest:
@@ -65,9 +68,12 @@ def add_columns(session: Session, round: int, name: str, *, redo: bool = False) 
 def prepare(session: Session, round: int, name: str) -> Addon:
     """What is to be made for an addon. Finds what is wrong with the settings; no weights are loaded."""
     source = sealed(session.run.part("rollouts", round))
-    if name not in _MAKERS:
-        text = f"there are no further columns {name!r}; there are: {', '.join(ADDONS)}"
-        raise ConfigError(text, fix=f"fire score RUN --add {next(iter(ADDONS))}")
+    known = session.run.addon_names
+    if name not in known:
+        text = f"there are no further columns {name!r}; there are: {', '.join(known)}"
+        raise ConfigError(text, fix=f"fire score RUN --add {known[0]}")
+    if name.startswith(ADDED_TEACHER):
+        return _teacher(session, round, source, name.removeprefix(ADDED_TEACHER))
     return _MAKERS[name](session, round, source)
 
 
@@ -87,7 +93,8 @@ def begin(session: Session, addon: Addon) -> None:
 
 def complete(session: Session, addon: Addon) -> Manifest:
     """Make the shards that an addon still lacks, and seal it."""
-    manifest = run_stage(addon.stage, addon.make, addon.stats, session.report)
+    manifest = run_stage(addon.stage, addon.make, addon.stats, session.report, lanes=addon.lanes, before=addon.before)
+    Kept(addon.stage.part, addon.stage.fingerprint).clear()
     session.release("base")  # an own model, needed no more in this round
     return manifest
 
@@ -114,10 +121,16 @@ def _topk(session: Session, round: int, source: Manifest) -> Addon:
     part, source_part = session.run.part("addons", round, "topk"), session.run.part("rollouts", round)
     receipts = {r.shard: r for r in source.shards}
     k = min(cfg.topk, int(session.vocabulary.allowed.sum()))
+    names = routed(session.run, source)
+    require_joint(session, names, "top-k")
+    recorded = {**session.performance("score"), "teachers": {n: session.run.teacher(n).model for n in names}}
+    stage = Stage(part, {**score_fields(session, round, source), "k": k}, source.plan, recorded)
+    kept, passes = Kept(part, stage.fingerprint), plan_passes(session, round, names)
+    sweep = Sweep(session, source_part, receipts, kept, passes, lambda _: (k, False))
 
     def make(shard: Shard) -> pa.Table:
-        rollouts = score_inputs(session, source_part, receipts[shard.name])
-        return _beside(part, shard, rollouts, make_scorer(session, round).score(rollouts, k=k, signals=False))
+        rollouts = sweep.rows(shard)
+        return _beside(part, shard, rollouts, sweep.columns(shard, rollouts))
 
     def stats(done: list[Receipt]) -> dict[str, Any]:
         """How much of the probability the lists hold, mean over response tokens."""
@@ -125,9 +138,7 @@ def _topk(session: Session, round: int, source: Manifest) -> Addon:
         on_student = _mean(part, done, "teacher_logprob_on_student_topk", k)
         return {"k": k, **masses, "teacher_mass_on_student_topk": on_student}
 
-    recorded = {**session.performance("score"), "teacher": session.run.teacher().model}
-    stage = Stage(part, {**score_fields(session, round, source), "k": k}, source.plan, recorded)
-    return Addon("topk", stage, make, stats, _cost("topk", source, k), k)
+    return Addon("topk", stage, make, stats, _cost("topk", source, k), k, sweep.lanes, sweep.before)
 
 
 def _base(session: Session, round: int, source: Manifest) -> Addon:
@@ -141,14 +152,9 @@ def _base(session: Session, round: int, source: Manifest) -> Addon:
         rollouts = read_shard(source_part, receipts[shard.name])
         for name, known in (("prompt_ids", session.base_ids), ("response_ids", ids)):
             require_known(rollouts, name, known, source_part, receipts[shard.name], "base model")
-        return _beside(part, shard, rollouts, reference().logprobs(rollouts))
-
-    def reference() -> Reference:
-        if cfg.engine == "fake":
-            return FakeScorer(ids)
-        from fire_data.scoring import TransformersReference
-
-        return TransformersReference(session.base(), ids, cfg.tokens_per_batch, cfg.logits_budget_mb << 20)
+        plain = rollouts.select(["trajectory_id", "prompt_ids", "response_ids"])
+        made = kept.completed(shard.name, "base", plain, engines.base_evaluator(session).evaluate)
+        return _beside(part, shard, rollouts, made.select(["logprob"]).rename_columns(["base_logprob"]))
 
     fields = {
         "format": FORMAT,
@@ -159,9 +165,77 @@ def _base(session: Session, round: int, source: Manifest) -> Addon:
     }
     recorded = {**session.performance("score"), "base": session.run.base().model}
     stage = Stage(part, fields, source.plan, recorded)
-    return Addon(
-        "base", stage, make, lambda done: {"base_logprob": _mean(part, done, "base_logprob")}, _cost("base", source)
+    kept = Kept(part, stage.fingerprint)
+    engine = "http" if session.run.base().url is not None and cfg.engine != "fake" else cfg.engine
+
+    def stats(done: list[Receipt]) -> dict[str, Any]:
+        return {"base_logprob": _mean(part, done, "base_logprob")}
+
+    return Addon("base", stage, make, stats, _cost("base", source), lanes=engines.lanes(session, engine))
+
+
+def _teacher(session: Session, round: int, source: Manifest, name: str) -> Addon:
+    """All rows under one teacher. Rows that have their scores from it keep those numbers: nothing is computed twice."""
+    run = session.run
+    part, source_part, scores = (
+        run.part(*p) for p in (("addons", round, f"{ADDED_TEACHER}{name}"), ("rollouts", round), ("scores", round))
     )
+    receipts = {r.shard: r for r in source.shards}
+    require_vocabulary(session, source_part, source)
+    fields = {
+        "format": FORMAT,
+        "score": run.config.score.results(),
+        "teacher": session.teacher_fields(name),
+        "vocabulary": session.vocabulary_fields,
+        "rollouts": source.digest,
+    }
+    stage = Stage(part, fields, source.plan, {**session.performance("score"), "teacher": run.teacher(name).model})
+    kept = Kept(part, stage.fingerprint)
+
+    def make(shard: Shard) -> pa.Table:
+        rollouts = with_teacher_prompts(session, read_shard(source_part, receipts[shard.name]), name)
+        own = run.config.score.teacher_prompt == "own"
+        for column in ("response_ids", "teacher_prompt_ids" if own else "prompt_ids"):
+            require_known(rollouts, column, session.vocabulary, source_part, receipts[shard.name])
+        scored = read_shard(scores, next(r for r in sealed(scores).shards if r.shard == shard.name))
+        mine = pa.array([run.route(value) == name for value in rollouts["teacher"].to_pylist()], pa.bool_())
+        theirs = rollouts.filter(pc.invert(mine))
+        values = pc.if_else(
+            pc.is_valid(theirs["teacher_prompt_ids"]), theirs["teacher_prompt_ids"], theirs["prompt_ids"]
+        )
+        rows = theirs.select(["trajectory_id", "prompt_ids", "response_ids"]).set_column(1, "prompt_ids", values)
+        made = (
+            kept.completed(shard.name, name, rows, engines.teacher_evaluator(session, name).evaluate)
+            if rows.num_rows
+            else rows
+        )
+        return _beside(part, shard, rollouts, _merged(name, rollouts, scored.filter(mine), made))
+
+    def stats(done: list[Receipt]) -> dict[str, Any]:
+        found = {c: _mean(part, done, f"{c}.{name}") for c in ("teacher_logprob", "teacher_entropy")}
+        return found
+
+    engine = engines.teacher_engine(session, name)
+    return Addon(
+        part.name or "", stage, make, stats, _cost(part.name or "", source), lanes=engines.lanes(session, engine)
+    )
+
+
+def _merged(name: str, rollouts: pa.Table, scored: pa.Table, made: pa.Table) -> pa.Table:
+    """The columns of a teacher's addon: from the scores where they are its own, else from what was made."""
+    ids = pa.chunked_array([*scored["trajectory_id"].chunks, *made["trajectory_id"].chunks], pa.string())
+    places = pc.index_in(rollouts["trajectory_id"], value_set=ids)
+    columns = {f"teacher_prompt_ids.{name}": rollouts["teacher_prompt_ids"]}
+    for column in ("logprob", "entropy", "entropy_mass"):
+        halves = [
+            t[c] for t, c in ((scored, f"teacher_{column}"), (made, column)) if t.num_rows and c in t.column_names
+        ]
+        rows = sum(len(h) for h in halves)
+        if rows == rollouts.num_rows:
+            columns[f"teacher_{column}.{name}"] = pa.chunked_array([c for h in halves for c in h.chunks], FLOATS).take(
+                places
+            )
+    return pa.table(columns)
 
 
 def _mean(part: Part, receipts: list[Receipt], column: str, k: int | None = None) -> float | None:
@@ -182,16 +256,16 @@ def _pass_rate(session: Session, round: int, source: Manifest) -> Addon:
     receipts = {r.shard: r for r in source.shards}
     samples, longest = cfg.score.pass_rate_samples, cfg.rollout.max_new_tokens
     prompts = 0 if is_sealed(part) else count_prompts(source_part, source)
-
-    @functools.cache
-    def teacher() -> Generator:
-        return make_teacher(session)
+    names = routed(session.run, source)
 
     def make(shard: Shard) -> pa.Table:
         rollouts = with_teacher_prompts(session, read_shard(source_part, receipts[shard.name]))
         name = "teacher_prompt_ids" if cfg.score.teacher_prompt == "own" else "prompt_ids"
-        require_known(rollouts, name, session.teacher_vocabulary, source_part, receipts[shard.name], "teacher")
-        rates, cut = pass_rates(session, teacher(), rollouts)
+        for who in names:
+            routes = [session.run.route(value) == who for value in rollouts["teacher"].to_pylist()]
+            mine = rollouts.filter(pa.array(routes, pa.bool_()))
+            require_known(mine, name, session.teacher_vocabulary(who), source_part, receipts[shard.name], "teacher")
+        rates, cut = pass_rates(session, rollouts)
         if cut > _TRUNCATED:
             session.report.warn(
                 f"{cut:.0%} of the teacher's answers in shard {shard.name} were cut at {longest} tokens"
@@ -210,7 +284,7 @@ def _pass_rate(session: Session, round: int, source: Manifest) -> Addon:
             "always_right": always,
         }
 
-    recorded = {**session.performance("rollout"), "teacher": session.run.teacher().model}
+    recorded = {**session.performance("rollout"), "teachers": {n: session.run.teacher(n).model for n in names}}
     stage = Stage(part, pass_rate_fields(session, source), source.plan, recorded)
     work = f"; the teacher writes {samples} answers to each of {prompts:,} prompts"
     return Addon("pass-rate", stage, make, stats, _cost("pass-rate", source) + work)
@@ -218,7 +292,7 @@ def _pass_rate(session: Session, round: int, source: Manifest) -> Addon:
 
 def _cost(name: str, source: Manifest, k: int | None = None) -> str:
     """What an addon will store, from its schema and the receipts of the rollouts."""
-    columns, receipts = ADDONS[name], source.shards
+    columns, receipts = [c for c in addon_columns(name) or () if not (c.optional or c.nullable)], source.shards
     per_token = columns[0].per == "token"
     each = sum(_width(column.type, k or 1) for column in columns)
     count = sum(r.tokens if per_token else r.rows for r in receipts)

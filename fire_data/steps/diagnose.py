@@ -78,7 +78,11 @@ def _joined(frame: pl.DataFrame, part: Part, receipt: Receipt, columns: tuple[st
 def _facts(run: Run, round: int, rollouts: Manifest, scores: Manifest, weights: tuple[Part, Manifest] | None) -> Facts:
     sampled = rollouts.fields.get("rollout") or {}
     size = (scores.fields.get("vocabulary") or {}).get("size")
-    templates = (rollouts.fields.get("template"), scores.fields.get("template"))
+    teachers: dict[str, dict[str, Any]] = scores.fields.get("teachers") or {}
+    template = next(
+        (t["template"] for t in teachers.values() if t["template"] != "shared"), "shared" if teachers else None
+    )
+    templates = (rollouts.fields.get("template"), template)
     return Facts(
         run=shlex.quote(str(run.root)),
         round=round,
@@ -86,13 +90,19 @@ def _facts(run: Run, round: int, rollouts: Manifest, scores: Manifest, weights: 
         batch_size=run.config.train.batch_size,
         sampling={k: sampled[k] for k in ("temperature", "top_p", "top_k")} if sampled else None,
         vocabulary_size=size,
-        tokenizers=scores.recorded.get("tokenizers"),
+        tokenizers=next(iter((scores.recorded.get("tokenizers") or {}).values()), None),
         templates=(str(templates[0]), str(templates[1])) if all(templates) else None,
-        dtypes={who: scores.fields[who]["dtype"] for who in ("student", "teacher") if who in scores.fields},
-        entropy_kind=scores.recorded.get("entropy_kind"),
+        dtypes={who: model["dtype"] for who, model in {"student": scores.fields["student"], **teachers}.items()},
+        entropy_kind=_entropy_kind(scores),
         weighed=Weighed(str(weights[0].name), filters(weights[1].fields.get("rule"))) if weights else None,
         earlier=tuple(_earlier(run, round)),
     )
+
+
+def _entropy_kind(scores: Manifest) -> str | None:
+    """The kind of the least exact entropy."""
+    kinds = set((scores.recorded.get("entropy_kind") or {}).values())
+    return next((k for k in kinds if k != "exact"), "exact" if kinds else None)
 
 
 def filters(record: Any) -> bool:

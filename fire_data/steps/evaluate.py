@@ -17,7 +17,8 @@ from fire_data.schemas.tables import FORMAT, IDS, conform
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
-from fire_data.steps.rollout import make_generator, prompt_ids
+from fire_data.steps.engines import lanes, make_generator
+from fire_data.steps.rollout import prompt_ids
 
 _PROMPTS_PER_SHARD = 256
 
@@ -56,7 +57,8 @@ def evaluate(session: Session, round: int | None, *, redo: bool = False) -> Mani
             parts.append(_graded(chosen, samples, mode, texts, answers, pattern))
         return conform(pa.concat_tables(parts), "evals", f"{part.label}, shard {shard.name}")
 
-    return run_stage(stage, make, lambda done: _stats(session, part, done), session.report)
+    engines = lanes(session, cfg.rollout.engine)
+    return run_stage(stage, make, lambda done: _stats(session, part, done), session.report, lanes=engines)
 
 
 def _sampling(session: Session, greedy: bool) -> Sampling:
@@ -99,7 +101,7 @@ def _fields(session: Session, model_round: int, rows: list[dict[str, Any]]) -> d
         "verify": cfg.verify.results(),
         "prompts": digest(rows),  # in their order: shards are cut from it
         "student": session.student_fields(model_round),
-        "template": session.template_fields(cfg.student),
+        "template": session.template_fields(),
         "vocabulary": session.vocabulary_fields,
     }
 

@@ -1,4 +1,4 @@
-"""What scoring reads: the rollouts of a round, checked against models and vocabulary, with the teacher's prompts."""
+"""What scoring reads: the rollouts of a round, checked against models and vocabulary, with the teachers' prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from fire_data import chat, vocabulary
-from fire_data.engines import FakeScorer, Scorer
+from fire_data.run import Run
 from fire_data.schemas.errors import FingerprintError, TokenizerError
 from fire_data.schemas.manifest import Manifest, Receipt
 from fire_data.schemas.tables import FORMAT, IDS
@@ -18,31 +18,44 @@ from fire_data.vocabulary import Vocabulary
 
 
 def score_fields(session: Session, round: int, source: Manifest) -> dict[str, Any]:
-    """What evaluating student and teacher on a round's rollouts depends on.
+    """What evaluating student and teachers on a round's rollouts depends on.
 
-    Raises FingerprintError if they were written by another student, or over another vocabulary.
+    Raises FingerprintError if they were written by another student, over another vocabulary or behind another template.
     """
-    run, cfg = session.run, session.run.config
-    part = run.part("rollouts", round)
-    student, wrote = session.student_fields(round), source.fields["student"]
-    if student != wrote:
-        text = f"the rollouts were written by another student: {json.dumps(wrote)}, now it is {json.dumps(student)}"
-        raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
-    require_vocabulary(session, part, source)
+    cfg = session.run.config
+    student = require_student(session, round, source)
+    require_vocabulary(session, session.run.part("rollouts", round), source)
     return {
         "format": FORMAT,
         "score": cfg.score.results(),
         "student": student,
-        "teacher": session.teacher_fields(),
-        "template": session.template_fields(run.teacher()) if cfg.score.teacher_prompt == "own" else "shared",
+        "teachers": {name: session.teacher_fields(name) for name in routed(session.run, source)},
         "vocabulary": session.vocabulary_fields,
-        "teacher_tokenizer": vocabulary.fingerprint(session.teacher_tokenizer),
         "rollouts": source.digest,
     }
 
 
+def routed(run: Run, source: Manifest) -> list[str]:
+    """The teachers that the prompts of sealed rollouts go to, in the order of the configuration.
+
+    Raises ConfigError for a route that leads nowhere.
+    """
+    used = {run.route(value) for value, _ in source.stats["routes"]}
+    return [name for name in run.teachers if name in used]
+
+
+def require_student(session: Session, round: int, source: Manifest) -> dict[str, Any]:
+    """The student of a round, for a fingerprint. Raises FingerprintError if another one wrote the rollouts."""
+    part = session.run.part("rollouts", round)
+    student, wrote = session.student_fields(round), source.fields["student"]
+    if student != wrote:
+        text = f"the rollouts were written by another student: {json.dumps(wrote)}, now it is {json.dumps(student)}"
+        raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
+    return student
+
+
 def require_vocabulary(session: Session, part: Part, source: Manifest) -> None:
-    """Raise FingerprintError if the rollouts were sampled over other ids than student and teacher share now."""
+    """Raise FingerprintError if the rollouts were sampled over other ids than all models share now."""
     if session.vocabulary_fields != source.fields["vocabulary"]:
         text = "the rollouts were sampled over another vocabulary (another teacher's tokenizer, or none)"
         raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
@@ -51,7 +64,7 @@ def require_vocabulary(session: Session, part: Part, source: Manifest) -> None:
 def score_inputs(session: Session, part: Part, receipt: Receipt) -> pa.Table:
     """A shard of rollouts with the column `teacher_prompt_ids`, null where that is the student's prompt.
 
-    Raises TokenizerError if both models cannot read an id.
+    Raises TokenizerError if the models cannot read an id.
     """
     rollouts = with_teacher_prompts(session, read_shard(part, receipt))
     own = session.run.config.score.teacher_prompt == "own"
@@ -73,30 +86,21 @@ def require_known(
         raise TokenizerError(text, where=error.where, fix=f"use a {who} with the student's tokenizer") from None
 
 
-def with_teacher_prompts(session: Session, rollouts: pa.Table) -> pa.Table:
-    """The messages under the teacher's own template, null where that gives the student's ids or is not asked for."""
-    cfg, root = session.run.config, session.run.root
+def with_teacher_prompts(session: Session, rollouts: pa.Table, name: str | None = None) -> pa.Table:
+    """The messages as each row's teacher is given them, or all as the one called `name` is.
+
+    Null where those are the student's ids, or where no prompt of its own is asked for.
+    """
+    run = session.run
     own: list[list[int] | None] = [None] * rollouts.num_rows
-    if cfg.score.teacher_prompt == "own":
-        known: dict[str, list[int]] = {}
-        for i, (messages, ids) in enumerate(
-            zip(rollouts["messages"].to_pylist(), rollouts["prompt_ids"].to_pylist(), strict=True)
-        ):
-            key = json.dumps(messages)
+    if run.config.score.teacher_prompt == "own":
+        known: dict[tuple[str, str], list[int]] = {}
+        columns = (rollouts[c].to_pylist() for c in ("messages", "prompt_ids", "teacher"))
+        for i, (messages, ids, route) in enumerate(zip(*columns, strict=True)):
+            who = name or run.route(route)
+            key = (who, json.dumps(messages))
             if key not in known:
-                known[key] = chat.render(session.teacher_tokenizer, session.run.teacher(), root, messages, False)
+                tokenizer = session.teacher_tokenizer(who)
+                known[key] = chat.render(tokenizer, run.teacher(who), run.root, messages, False)
             own[i] = known[key] if known[key] != ids else None
     return rollouts.append_column("teacher_prompt_ids", pa.array(own, IDS))
-
-
-def make_scorer(session: Session, round: int) -> Scorer:
-    """The configured scoring engine with the round's student and the teacher."""
-    cfg = session.run.config.score
-    if cfg.engine == "fake":
-        return FakeScorer(session.vocabulary)
-    from fire_data.scoring import TransformersScorer
-
-    budget = cfg.logits_budget_mb << 20
-    return TransformersScorer(
-        session.student(round), session.teacher(), session.vocabulary, cfg.tokens_per_batch, budget
-    )

@@ -29,7 +29,7 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
             # What the rule reads beside the scores is made without being asked for: a round cannot go on without it.
             score(session, number, add=run.needed_addons())
             weigh(run, number, session.report)
-            _make_room(session)
+            session.rest()  # training needs the accelerator to itself
             train(session, number)
         if held_out and not is_sealed(run.part("evals", number)):
             evaluate(session, number)
@@ -80,11 +80,3 @@ def _eval_numbers(manifest: Manifest | None) -> dict[str, Any]:
 
 def _stat(manifest: Manifest | None, name: str) -> Any:
     return manifest.stats.get(name) if manifest else None
-
-
-def _make_room(session: Session) -> None:
-    """Training needs the accelerator to itself; in main memory the teacher may stay for the next round."""
-    from fire_data.models import resolve_device
-
-    if resolve_device(session.run.teacher().device).type != "cpu":
-        session.release()

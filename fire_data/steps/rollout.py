@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from typing import Any
 
 import pyarrow as pa
 
 from fire_data import chat, verify
-from fire_data.engines import FakeGenerator, Generator
+from fire_data.engines import Generator
+from fire_data.kept import Kept
 from fire_data.overview import start_over
 from fire_data.prompts import as_messages, prompts_digest, read_prompts
 from fire_data.sampling import Sampling
@@ -19,6 +21,7 @@ from fire_data.schemas.tables import FORMAT, IDS, conform
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
+from fire_data.steps.engines import lanes, make_generator
 
 
 def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
@@ -26,6 +29,8 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
     run, cfg = session.run, session.run.config
     prompts = read_prompts(cfg.prompts.path, run.root, need_answer=cfg.rollout.verifier != "none")
     pattern = verify.compile_pattern(cfg.verify.pattern)
+    _check_routes(session, prompts)
+    _warn_of_truncation(session)
     slots = round_slots(prompts["prompt_id"].to_pylist(), cfg.seed, round, cfg.rollout.prompts_per_round)
     rows = prompts.take([s.row for s in slots]).to_pylist()
     ids = [prompt_ids(session, row) for row in rows]
@@ -46,9 +51,14 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
     if redo:
         start_over(run, "rollouts", round, session.report)
 
+    kept = Kept(stage.part, stage.fingerprint)
+
     @functools.cache
     def generator() -> Generator:
         return make_generator(session, round)
+
+    def before(_: list[Shard]) -> None:
+        generator()
 
     def make(shard: Shard) -> pa.Table:
         samples = [
@@ -58,7 +68,7 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
         ]
         names = [trajectory_id(cfg.seed, round, rows[i]["prompt_id"], sample) for i, sample in samples]
         requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
-        answers = generator().generate(requests, _sampling(session))
+        answers = kept.completed(shard.name, "student", requests, lambda r: generator().generate(r, _sampling(session)))
         texts = session.tokenizer.batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
         columns: dict[str, Any] = {
             "round": [round] * len(samples),
@@ -70,26 +80,50 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
         if cfg.rollout.verifier == "exact":
             columns["reward"] = [verify.exact(t, a, pattern) for t, a in zip(texts, columns["answer"], strict=True)]
         table = pa.table(
-            {**{k: requests[k] for k in requests.column_names}, **{k: answers[k] for k in answers.column_names}}
+            {**{k: answers[k] for k in answers.column_names}, **{k: requests[k] for k in requests.column_names}}
         )
         for name, values in columns.items():
             table = table.append_column(name, pa.array(values))
         return conform(table, "rollouts", f"{stage.part.label}, shard {shard.name}")
 
-    return run_stage(stage, make, lambda receipts: _stats(stage.part, receipts), session.report)
+    manifest = run_stage(
+        stage,
+        make,
+        lambda receipts: _stats(stage.part, receipts),
+        session.report,
+        lanes=lanes(session, cfg.rollout.engine),
+        before=before,
+    )
+    kept.clear()
+    return manifest
 
 
-def make_generator(session: Session, round: int) -> Generator:
-    """The configured generation engine with the round's student."""
-    cfg = session.run.config.rollout
-    if cfg.engine == "fake":
-        return FakeGenerator(session.vocabulary, session.stop_ids)
-    from fire_data.generate import TransformersGenerator
+def _check_routes(session: Session, prompts: pa.Table) -> None:
+    """Raise ConfigError for a prompt whose teacher is unknown, before anything is loaded."""
+    run = session.run
+    values = dict.fromkeys(prompts["teacher"].to_pylist())
+    if not run.teachers:
+        return  # rollouts need none
+    for value in values:
+        run.route(value)
+    named = [v for v in values if v is not None]
+    if named and not run.config.teachers:
+        session.report.warn(
+            f"the prompts name teachers ({', '.join(map(str, named[:5]))}), and all go to the one there is: `teacher`"
+        )
 
-    generator = TransformersGenerator(session.student(round), session.vocabulary, session.stop_ids, cfg.rows_in_flight)
-    if not generator.can_stop:
-        session.report.warn("the student has no end token it may sample: every response runs to max_new_tokens")
-    return generator
+
+def _warn_of_truncation(session: Session) -> None:
+    """Say that what is sampled is not the distribution that the loss is about."""
+    cfg = session.run.config
+    changed = {"temperature": (cfg.rollout.temperature, 1.0), "top_p": (cfg.rollout.top_p, 1.0)}
+    changed["top_k"] = (cfg.rollout.top_k, 0)
+    told = ", ".join(f"{name} {value:g}" for name, (value, plain) in changed.items() if value != plain)
+    if told and cfg.weigh.rollout_is_cap is None:
+        session.report.warn(
+            f"sampling with {told} is not sampling from the student: distillation assumes its full distribution at "
+            "temperature 1 (weigh.rollout_is_cap: 5 corrects for it, up to that factor)"
+        )
 
 
 def _sampling(session: Session) -> Sampling:
@@ -137,13 +171,14 @@ def _fields(session: Session, round: int, prompts: pa.Table) -> dict[str, Any]:
         "verify": cfg.verify.results() if cfg.rollout.verifier != "none" else None,
         "prompts": prompts_digest(prompts),
         "student": session.student_fields(round),
-        "template": session.template_fields(cfg.student),
+        "template": session.template_fields(),
         "vocabulary": session.vocabulary_fields,
     }
 
 
 def _stats(part: Part, receipts: list[Receipt]) -> dict[str, Any]:
-    tables = [read_shard(part, r, ["finish_reason", "reward"]) for r in receipts]
+    tables = [read_shard(part, r, ["finish_reason", "reward", "teacher"]) for r in receipts]
+    routes = collections.Counter(x for t in tables for x in t["teacher"].to_pylist())
     reasons = [x for t in tables for x in t["finish_reason"].to_pylist()]
     rewards = [x for t in tables for x in t["reward"].to_pylist() if x is not None]
     tokens = sum(r.tokens for r in receipts)
@@ -153,4 +188,5 @@ def _stats(part: Part, receipts: list[Receipt]) -> dict[str, Any]:
         "mean_length": tokens / len(reasons) if reasons else None,
         "truncated_fraction": reasons.count("length") / len(reasons) if reasons else None,
         "mean_reward": verify.mean(rewards),
+        "routes": [list(pair) for pair in sorted(routes.items(), key=lambda p: p[0] or "")],
     }

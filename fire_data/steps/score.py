@@ -1,4 +1,4 @@
-"""`fire score`: student and teacher evaluated on every token the student wrote, in one joint pass.
+"""`fire score`: student and teachers evaluated on every token the student wrote.
 
 The addons that are asked for follow. A shard that lacks both its scores and its top-k has both made in one pass.
 """
@@ -14,14 +14,17 @@ import polars as pl
 import pyarrow as pa
 
 from fire_data.diagnose.checks import DRIFT_WARNING
+from fire_data.kept import Kept
 from fire_data.overview import start_over
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import SIGNALS, conform
-from fire_data.session import Session
+from fire_data.schemas.tables import MASSES, SIGNALS, conform
+from fire_data.session import Session, called
 from fire_data.shards import Part, read_shard, sealed
 from fire_data.stages import Stage, run_stage
 from fire_data.steps import columns
-from fire_data.steps.inputs import make_scorer, score_fields, score_inputs
+from fire_data.steps.engines import entropy_kinds
+from fire_data.steps.inputs import routed, score_fields
+from fire_data.steps.passes import Sweep, plan_passes
 
 _MEANS = ("student_logprob", "teacher_logprob", "student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
 
@@ -39,7 +42,10 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
     source_part = run.part("rollouts", round)
     source = sealed(source_part)
     receipts = {r.shard: r for r in source.shards}
-    stage = Stage(run.part("scores", round), score_fields(session, round, source), source.plan, _recorded(session))
+    names = routed(run, source)
+    stage = Stage(
+        run.part("scores", round), score_fields(session, round, source), source.plan, _recorded(session, names)
+    )
     asked = tuple(dict.fromkeys(add))
     addons = [columns.prepare(session, round, name) for name in dict.fromkeys((*cfg.score.add, *asked))]
     if redo:
@@ -51,40 +57,55 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
         columns.begin(session, addon)
     topk = next((a for a in addons if a.name == "topk"), None)
 
+    def wanted(shard: Shard) -> tuple[int, bool]:
+        return (topk.k if topk is not None and columns.lacks(topk, shard) else 0), True
+
+    kept = Kept(stage.part, stage.fingerprint)
+    sweep = Sweep(session, source_part, receipts, kept, plan_passes(session, round, names), wanted)
+
+    def before(missing: list[Shard]) -> None:
+        stage.recorded["entropy_kind"] = entropy_kinds(session, round, names)
+        sweep.before(missing)
+
     def make(shard: Shard) -> pa.Table:
         started = time.monotonic()
-        rollouts = score_inputs(session, source_part, receipts[shard.name])
-        k = topk.k if topk is not None and columns.lacks(topk, shard) else 0
-        signals = make_scorer(session, round).score(rollouts, k=k)
+        rollouts = sweep.rows(shard)
+        k, _ = wanted(shard)
+        signals = sweep.columns(shard, rollouts)
         if topk is not None and k:
             columns.write(topk, shard, rollouts, signals, started)
-        for name in (c.name for c in SIGNALS):
+        for name in (c.name for c in (*SIGNALS, *MASSES) if c.name in signals.column_names):
             rollouts = rollouts.append_column(name, signals[name])
         from fire_data.scoring import summarise
 
         return conform(summarise(rollouts), "scores", f"{stage.part.label}, shard {shard.name}")
 
-    manifest = run_stage(stage, make, lambda done: _stats(session, source, stage.part, done), session.report)
+    def finish(done: list[Receipt]) -> dict[str, Any]:
+        return _stats(session, source, stage.part, done)
+
+    manifest = run_stage(stage, make, finish, session.report, lanes=sweep.lanes, before=before)
+    kept.clear()
     for addon in addons:
         columns.complete(session, addon)
     return manifest
 
 
-def _recorded(session: Session) -> dict[str, Any]:
-    teacher = session.run.teacher()
-    templated = teacher.chat_template or session.teacher_tokenizer.chat_template  # a base teacher has none
-    if session.run.config.score.teacher_prompt == "shared" and not session.run.config.rollout.raw and templated:
-        mine, theirs = session.template_fields(session.run.config.student), session.template_fields(teacher)
-        if mine != theirs:
+def _recorded(session: Session, names: list[str]) -> dict[str, Any]:
+    run = session.run
+    for name in names:
+        teacher = run.teacher(name)
+        templated = teacher.chat_template or session.teacher_tokenizer(name).chat_template  # a base teacher has none
+        if run.config.score.teacher_prompt == "own" or run.config.rollout.raw or not templated:
+            continue
+        if session.template_fields() != session.template_fields(name):
             session.report.warn(
-                "student and teacher have different chat templates; the teacher sees the student's prompt "
+                f"student and {called(name)} have different chat templates; the teacher sees the student's prompt "
                 "(--set score.teacher_prompt=own renders its own)"
             )
     return {
         **session.performance("score"),
-        "teacher": teacher.model,
-        "tokenizers": session.comparison.record(),
-        "entropy_kind": "exact" if session.run.config.score.engine == "transformers" else "fake",
+        "teachers": {name: run.teacher(name).model for name in names},
+        "tokenizers": {name: session.comparison(name).record() for name in names},
     }
 
 
@@ -99,11 +120,16 @@ def _stats(session: Session, source: Manifest, part: Part, receipts: list[Receip
     tokens = sum(receipt.tokens for receipt in receipts)
     stats: dict[str, Any] = {"tokens": tokens}
     for name in _MEANS:
-        stats[name] = math.fsum(rows[f"{name}_sum"]) / tokens if tokens else None
+        have = f"{name}_sum" in rows.columns
+        stats[name] = math.fsum(rows[f"{name}_sum"]) / tokens if tokens and have else None
+    masses = [c.name for c in MASSES if c.name in rows.columns]
+    stats |= {name: math.fsum(rows[name]) / tokens if tokens else None for name in masses}
     last = rows["last"].drop_nulls()
     stats["last_token_advantage"] = math.fsum(last) / len(last) if len(last) else None
     drift = math.fsum(rows["drift"]) / tokens if comparable and tokens else None
     stats |= {"rollout_drift": drift, "rollout_drift_max": rows["drift_max"].max() if comparable else None}
+    if session.run.config.teachers:
+        stats["teachers"] = _by_teacher(session, rows)
     if not comparable:
         session.report.note("rollout_logprob is not under the temperature-1 distribution: no drift check")
     elif drift is not None and drift > DRIFT_WARNING and session.run.config.score.engine != "fake":
@@ -111,16 +137,39 @@ def _stats(session: Session, source: Manifest, part: Part, receipts: list[Receip
     return stats
 
 
+def _by_teacher(session: Session, rows: pl.DataFrame) -> dict[str, Any]:
+    """Per teacher: rows, tokens, mean logprobs in nats, how many tokens its prompts have more than the student's."""
+    found = {}
+    rows = rows.with_columns(offset=pl.col("offset").fill_null(0))
+    routes = pl.Series([session.run.route(value) for value in rows["teacher"].to_list()], dtype=pl.String)
+    for name in (n for n in session.run.teachers if n in routes):
+        mine = rows.filter(routes == name)
+        tokens = int(mine["length"].sum())
+        means = {
+            c: math.fsum(mine[f"{c}_sum"]) / tokens if tokens else None for c in ("student_logprob", "teacher_logprob")
+        }
+        offsets = {"least": mine["offset"].min(), "most": mine["offset"].max()}
+        found[name] = {"trajectories": mine.height, "tokens": tokens, **means, "prompt_offset": offsets}
+    return found
+
+
 def _numbers(part: Part, receipt: Receipt) -> pl.DataFrame:
     """Per trajectory of a shard: sums of signals, drift, and the advantage of the token that ended it."""
-    columns = ["finish_reason", "student_logprob", "teacher_logprob", "rollout_logprob"]
-    frame = pl.from_arrow(read_shard(part, receipt, [f"{m}_sum" for m in _MEANS] + columns))
+    columns = ["finish_reason", "student_logprob", "teacher_logprob", "rollout_logprob", "teacher", "length"]
+    table = read_shard(part, receipt)
+    sums = [n for n in (*(f"{m}_sum" for m in _MEANS), "teacher_prompt_ids") if n in table.column_names]
+    masses = [c.name for c in MASSES if c.name in table.column_names]
+    frame = pl.from_arrow(table.select([*sums, *masses, *columns, "prompt_ids"]))
     assert isinstance(frame, pl.DataFrame)
     student, sampled = (pl.col(f"{who}_logprob").cast(pl.List(pl.Float64)) for who in ("student", "rollout"))
     off = (student - sampled).list.eval(pl.element().abs())
     ended = pl.col("teacher_logprob").list.last() - pl.col("student_logprob").list.last()
     return frame.select(
-        *(f"{m}_sum" for m in _MEANS),
+        *(n for n in sums if n.endswith("_sum")),
+        "teacher",
+        "length",
+        *(pl.col(n).cast(pl.List(pl.Float64)).list.sum() for n in masses),
+        offset=pl.col("teacher_prompt_ids").list.len().cast(pl.Int64) - pl.col("prompt_ids").list.len(),
         drift=off.list.sum(),
         drift_max=off.list.max(),
         last=pl.when(pl.col("finish_reason") == "stop").then(ended.cast(pl.Float64)),

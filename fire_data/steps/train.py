@@ -82,7 +82,7 @@ def _topk(run: Run, round: int, scores: Manifest, weights: Sealed) -> Sealed | N
         text = f"{weights[0].label} has a forward-KL term on the teacher's top-k, and {part.label} is not finished"
         raise IncompleteError(text, where=str(part.folder), fix=part.command)
     part, topk = run.addon(round, "topk")
-    theirs, mine = ({k: made.fields.get(k) for k in ("student", "teacher", "template")} for made in (scores, topk))
+    theirs, mine = ({k: made.fields.get(k) for k in ("student", "teachers")} for made in (scores, topk))
     changed = differences(theirs, mine)
     if changed:
         text = f"{part.label} was made with other models than the scores: " + "; ".join(changed)

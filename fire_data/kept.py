@@ -1,0 +1,109 @@
+"""Rows that were computed before their shard can be committed: kept aside, checked, and asked for no second time.
+
+A shard is the unit of what is visible. But a model may be needed for all shards before the next one is loaded, and a
+server may go away in the middle of a shard: such rows wait here, one small Parquet file per shard and model, until the
+stage that they belong to is sealed. They are no promise to anybody: a file that is torn, damaged or of another stage is
+as good as none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fire_data import files
+from fire_data.schemas.errors import PartialError
+from fire_data.shards import Part
+
+_FINGERPRINT = b"fire.fingerprint"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rows kept for a stage that is being made. `fingerprint` is the stage's."""
+
+    part: Part
+    fingerprint: str
+
+    @property
+    def folder(self) -> Path:
+        name = self.part.label.replace("/", "-").replace(" ", "-")
+        return self.part.root / ".fire" / "kept" / name
+
+    def read(self, shard: str, name: str) -> pa.Table | None:
+        """The rows kept of a shard under a name, in no special order; None if there are none that can be trusted."""
+        try:
+            table = pq.read_table(self._path(shard, name), page_checksum_verification=True)
+        except (OSError, pa.ArrowException):  # a page checksum that differs is an OSError
+            return None
+        metadata = table.schema.metadata or {}
+        return table if metadata.get(_FINGERPRINT) == self.fingerprint.encode() else None
+
+    def write(self, shard: str, name: str, table: pa.Table) -> None:
+        """Keep rows, in place of those that were kept under this name. Raises StorageError."""
+        sink = pa.BufferOutputStream()
+        marked = table.replace_schema_metadata({**(table.schema.metadata or {}), _FINGERPRINT: self.fingerprint})
+        pq.write_table(marked, sink, compression="zstd", use_dictionary=False, write_page_checksum=True)
+        files.replace_bytes(self._path(shard, name), sink.getvalue().to_pybytes(), self.part.tmp)
+
+    def clear(self) -> None:
+        """Forget everything kept for this stage."""
+        files.remove(self.folder)
+
+    def _path(self, shard: str, name: str) -> Path:
+        return self.folder / f"{shard}.{name}.parquet"
+
+    def completed(
+        self, shard: str, name: str, rows: pa.Table, work: Callable[[pa.Table], pa.Table], *, keep: bool = False
+    ) -> pa.Table:
+        """What `work` gives for `rows`, in their order, asked only for those that are not kept yet.
+
+        Args:
+            rows: with a `trajectory_id` that no two share.
+            work: rows to a table of as many rows, which may raise PartialError with those that it finished.
+            keep: true: keep the whole result; false: only what was finished before an error.
+
+        Returns:
+            The columns of `work` with `trajectory_id`.
+        """
+        names = rows["trajectory_id"]
+        known = self.read(shard, name)
+        if known is not None:
+            known = known.filter(pc.is_in(known["trajectory_id"], value_set=names))
+            rows = rows.filter(pc.invert(pc.is_in(names, value_set=known["trajectory_id"])))
+            if not rows.num_rows:
+                return _ordered(known, names)
+        try:
+            made = _named(work(rows), rows["trajectory_id"])
+        except PartialError as error:
+            if error.done is not None and error.done.num_rows:
+                self.write(shard, name, _joined(known, error.done))
+            raise
+        table = _ordered(_joined(known, made), names)
+        if keep:
+            self.write(shard, name, table)
+        return table
+
+
+def _named(table: pa.Table, names: pa.ChunkedArray) -> pa.Table:
+    return table if "trajectory_id" in table.column_names else table.append_column("trajectory_id", names)
+
+
+def _joined(known: pa.Table | None, made: pa.Table) -> pa.Table:
+    """Both, where both have the same columns; an engine that now gives other columns makes the old rows useless."""
+    if known is None:
+        return made
+    if set(known.column_names) != set(made.column_names):
+        return made
+    plain = made.select(known.column_names).replace_schema_metadata(None)
+    return pa.concat_tables([known.replace_schema_metadata(None), plain.cast(known.schema.remove_metadata())])
+
+
+def _ordered(table: pa.Table, names: pa.ChunkedArray) -> pa.Table:
+    places = pc.index_in(names, value_set=table["trajectory_id"])
+    return table.take(places)

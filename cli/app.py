@@ -12,6 +12,7 @@ from .terminal import Terminal, hint, show, show_one
 
 if TYPE_CHECKING:
     from fire_data.run import Run
+    from fire_data.schemas.config import RayConfig
 
 app = typer.Typer(
     name="fire",
@@ -25,6 +26,10 @@ RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="the run directory")
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a field of fire.yaml")]
 Round = Annotated[int | None, typer.Option("--round", min=0, help="default: the first round that is not trained")]
 Redo = Annotated[bool, typer.Option("--redo", help="set the stage and all that was made from it aside first")]
+Ray = Annotated[bool, typer.Option("--ray", help="place engines on a Ray cluster: ray.address, else one started here")]
+Address = Annotated[
+    str | None, typer.Option("--ray-address", metavar="HOST:PORT", help="place engines on this Ray cluster")
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 
@@ -51,13 +56,22 @@ def _open(root: Path, overrides: list[str] | None = None) -> Run:
     return open_run(root, tuple(overrides or ()))
 
 
+def _cluster(run: Run, ray: bool, address: str | None) -> RayConfig | None:
+    """The cluster that is asked for, with the other settings of the section `ray`."""
+    if not ray and address is None:
+        return None
+    return run.config.ray.model_copy(update={"address": address} if address else {})
+
+
 def _number(run: Run, chosen: int | None) -> int:
     return run.current_round() if chosen is None else chosen
 
 
 def _shown(stats: dict[str, Any]) -> dict[str, Any]:
-    """Statistics for people: routes only where there are several."""
-    return {k: v for k, v in stats.items() if k != "routes" or len(v) > 1}
+    """Statistics for people: routes by name, and only where there are several."""
+    routes = {name or "-": rows for name, rows in stats.get("routes", [])}
+    plain = {k: v for k, v in stats.items() if k != "routes"}
+    return {**plain, "teachers": routes} if len(routes) > 1 else plain
 
 
 @app.command()
@@ -102,14 +116,22 @@ def init(
 
 @app.command()
 @guarded
-def rollout(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set = None, as_json: Json = False) -> None:
+def rollout(
+    run: RunArg,
+    round: Round = None,
+    redo: Redo = False,
+    ray: Ray = False,
+    address: Address = None,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
     """Let the student answer the round's prompts."""
     opened = _open(run, overrides)
     number = _number(opened, round)
     from fire_data.session import Session
     from fire_data.steps.rollout import rollout as step
 
-    with Terminal() as terminal, Session(opened, terminal) as session:
+    with Terminal() as terminal, Session(opened, terminal, _cluster(opened, ray, address)) as session:
         manifest = step(session, number, redo=redo)
     show_one({"round": number, **_shown(manifest.stats)}, as_json)
     hint("fire", "score", run)
@@ -130,6 +152,8 @@ def score(
     redo: Annotated[
         bool, typer.Option("--redo", help="set the scores, or the columns of --add, and all made from them aside first")
     ] = False,
+    ray: Ray = False,
+    address: Address = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -141,7 +165,7 @@ def score(
     from fire_data.shards import sealed
     from fire_data.steps.score import score as step
 
-    with Terminal() as terminal, Session(opened, terminal) as session:
+    with Terminal() as terminal, Session(opened, terminal, _cluster(opened, ray, address)) as session:
         manifest = step(session, number, add=[*(add or ()), *every], redo=redo)
     added = {name: sealed(opened.part("addons", number, name)).stats for name in opened.addons(number)}
     show_one({"round": number, **_shown(manifest.stats), **added}, as_json)
@@ -182,7 +206,8 @@ def weigh(
         manifest = step(opened, number, terminal, redo=redo)
     stats = {k: v for k, v in manifest.stats.items() if k not in ("rule", "steps", "weight_sum", "weight_squares")}
     show_one({"rule": weights, "round": number, **stats}, as_json)
-    trained = [] if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
+    combined = [] if teacher is None else ["--set", f"weigh.teacher={teacher}"]
+    trained = combined if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
     if opened.current_round() > number:
         hint("fire", "inspect", run, "--round", number, "--name", weights)
     else:

@@ -44,6 +44,7 @@ def show_rule(name: str, as_json: bool) -> None:
         "scope": text(found["scope"]),
         "needs": text(found["needs"]),
         "beside scores": text(found["adds"]),
+        "entropies": found["entropies"] and f"{text(found['entropies'])}: exact ones, or --set weigh.entropy=any",
         "stale": "yes: it depends on the student, which training changes" if found["stale"] else "no",
     }
     lines += [f"{k:<14}{v}" for k, v in facts.items() if v]

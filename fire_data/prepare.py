@@ -1,4 +1,4 @@
-"""What a rule is weighed with, and a table made ready for it: steps, groups, summaries, and what is missing told.
+"""What a rule is weighed with, and a table made ready for it: teachers, steps, groups, sums; what is missing is told.
 
 A round is a `Table`: shards of frames made by `prepare`, read with the columns that are asked for.
 """
@@ -18,6 +18,7 @@ from fire_data.rules.evaluate import check
 from fire_data.schemas.config import Denominator
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
 from fire_data.schemas.tables import FLOAT_SIGNALS, SCORES, WEIGHTS, addon_of
+from fire_data.teachers import MADE, ROUTED, Teachers, combine, require_common, require_exact, require_stored
 
 OUTPUT = [c.name for c in WEIGHTS if c.name != "trajectory_id"]
 
@@ -34,12 +35,15 @@ class Weighing:
     end_token: str = "keep"
     rollout_is_cap: float | None = None
     samples_per_group: int | None = None
+    teachers: Teachers = ROUTED
+    entropy: str = "exact"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("denominator", self.denominator, (None, *get_args(Denominator))),
             ("truncated", self.truncated, ("keep", "drop")),
             ("end_token", self.end_token, ("keep", "mask")),
+            ("entropy", self.entropy, ("exact", "any")),
         ):
             if value not in known:
                 choices = [str(k) for k in known if k is not None]
@@ -52,6 +56,8 @@ class Weighing:
         if self.rule.uses_groups and n and self.batch_size and self.batch_size % n:
             text = f"train.batch_size {self.batch_size} splits the {n} samples of a prompt, which this rule compares"
             raise ConfigError(text, fix=f"--set train.batch_size={max(n, self.batch_size // n * n)}")
+        require_common(self.rule, self.teachers)
+        require_exact(self.rule, self.teachers, self.entropy, {})
 
     @property
     def divisor(self) -> Denominator:
@@ -65,11 +71,21 @@ class Weighing:
         return [c for c in (cut, "rollout_logprob" if self.rollout_is_cap is not None else None) if c]
 
     @property
-    def columns(self) -> list[str]:
-        """Every stored column that enters the weights."""
+    def read(self) -> list[str]:
+        """Every column of the prepared table that enters the weights."""
         matched = self.rule.matched.columns if self.rule.matched else ()
         plain = ("student_logprob", "teacher_logprob")
         return list(dict.fromkeys((*self.rule.columns, *matched, *plain, *self.policy_columns)))
+
+    @property
+    def combined(self) -> list[str]:
+        """The stored columns that those of combined teachers are made from."""
+        return self.teachers.columns("teacher_entropy" in self.read)
+
+    @property
+    def columns(self) -> list[str]:
+        """Both of these, what is made last."""
+        return list(dict.fromkeys((*self.combined, *self.read)))
 
 
 class Decided(NamedTuple):
@@ -129,7 +145,8 @@ class Pieces:
 
 
 def prepare(lf: pl.LazyFrame, weighing: Weighing, first_row: int = 0) -> pl.LazyFrame:
-    """Add row number, step, group and missing summary columns."""
+    """Combine teachers, add row number, step, group and missing summary columns."""
+    lf = combine(lf, weighing.teachers)
     have = lf.collect_schema().names()
     lf = lf.drop(c for c in OUTPUT if c != STEP and c in have).with_row_index(ROW, offset=first_row)
     if weighing.batch_size is not None:
@@ -152,6 +169,7 @@ def require_columns(prepared: pl.LazyFrame, weighing: Weighing, run: str = "RUN"
     schema = prepared.collect_schema()
     have = [c for c in schema.names() if not c.startswith("_")]
     _check_policies(weighing, have)
+    require_stored(weighing.teachers, weighing.combined, have, run)
     if weighing.rule.uses_groups and "prompt_id" not in have:
         text = "the rule compares the samples of a prompt and needs the column 'prompt_id'"
         raise ConfigError(text, fix="give each sample of a prompt the same prompt_id")
@@ -220,7 +238,8 @@ def check_values(lf: pl.LazyFrame, weighing: Weighing, run: str = "RUN") -> None
     """Raise DataError, naming row and column, if a needed column has no value, one that is not finite, or a token
     column is not as long as the others."""
     schema = lf.collect_schema()
-    for name in weighing.columns:
+    made = () if weighing.teachers.routed else MADE  # from columns that are looked at themselves
+    for name in (c for c in weighing.columns if c not in made):
         type_ = schema[name]
         again = f" --add {addon}" if (addon := addon_of(name)) else ""
         fix = f"fire score {run}{again} --redo"

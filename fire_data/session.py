@@ -5,16 +5,19 @@ Tokenizers are loaded for the fingerprints of a stage; weights not before a shar
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import threading
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from fire_data import chat, vocabulary
 from fire_data.run import Run
-from fire_data.schemas.config import TEACHER, ModelConfig
-from fire_data.schemas.errors import ConfigError, TokenizerError
+from fire_data.schemas.config import TEACHER, ModelConfig, RayConfig
+from fire_data.schemas.errors import ConfigError, FireError, TokenizerError
 from fire_data.schemas.manifest import Manifest, digest
 from fire_data.shards import Part, read_manifest, verify_file
 from fire_data.stages import Reporter, Silent
@@ -24,19 +27,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fire_data.engines import Engine
+    from fire_data.ray_cluster import Cluster
+    from fire_data.ray_engine import RayEngine
+    from fire_data.sampling import Sampling
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _one_at_a_time(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
+    """A method that holds the session's lock."""
+
+    @functools.wraps(method)
+    def run(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with session.lock:
+            return method(session, *args, **kwargs)
+
+    return run
 
 
 class Session:
     """What the stages of one run share in one process."""
 
-    def __init__(self, run: Run, report: Reporter | None = None) -> None:
+    def __init__(self, run: Run, report: Reporter | None = None, ray: RayConfig | None = None) -> None:
+        """`ray`: place engines on this cluster instead of running them here."""
         self.run = run
+        self._ray = ray
+        self._cluster: Cluster | None = None
         self.report = report or Silent()
         self._models: dict[str, tuple[str, Any]] = {}
         self._tokenizers: dict[str, Any] = {}
         self._comparisons: dict[str, vocabulary.Comparison] = {}
         self._engines: dict[str, tuple[str, Engine]] = {}
         self._verified: set[str] = set()
+        # Shards that are made in threads must not do some things at the same time: open a model, render a prompt.
+        self.lock = threading.RLock()
+        self.place = ""  # marks the logs of a session on a node of a cluster
         self.probes: dict[str, dict[str, Any]] = {}
         if run.config.threads:
             import torch
@@ -46,11 +72,53 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         """End what lives outside of this process."""
-        for _, engine in self._engines.values():
-            engine.close()
-        self._engines.clear()
+        self._end(*self._engines)
+        if self._cluster is not None:
+            self._cluster.close()
+            self._cluster = None
+
+    def places(self, engine: str) -> bool:
+        """True if this engine runs on the workers of a cluster; a server needs no worker to be asked."""
+        return self._ray is not None and engine != "http"
+
+    @property
+    def workers(self) -> int:
+        """How many engines the cluster has room for."""
+        return self._connected().workers
+
+    def _connected(self) -> Cluster:
+        from fire_data.ray_cluster import connect
+
+        if self._cluster is None:
+            self.report.start("connecting to Ray", 1, "cluster")
+            gpus = self.run.config.vllm.tensor_parallel_size if "vllm" in self._engines_used else 1
+            self._cluster = connect(self._ray or RayConfig(), threads=self.run.config.threads, gpus=gpus)
+        return self._cluster
+
+    @property
+    def _engines_used(self) -> set[str]:
+        return {self.run.config.rollout.engine, self.run.config.score.engine}
+
+    @_one_at_a_time
+    def placed(self, who: str, arguments: dict[str, Any], depth: int) -> RayEngine:
+        """Engines on all workers of the cluster, by `fire_data.steps.engines.remote` with these arguments.
+
+        They take the place of those of any other model: a worker has room for one.
+        """
+        from fire_data.ray_engine import RayEngine, Recipe
+
+        key = digest(arguments)
+        if self._engines.get(who, ("", None))[0] != key:
+            self._end(*(name for name, (_, engine) in self._engines.items() if isinstance(engine, RayEngine)))
+            self.report.start(f"placing {called(who)} on {self.workers} workers", 1, "model")
+            recipe = Recipe("fire_data.steps.engines:remote", arguments, (arguments["root"],))
+            made = RayEngine(self._connected(), recipe, report=self.report, depth=depth)
+            self._engines[who] = (key, made)
+        found = self._engines[who][1]
+        assert isinstance(found, RayEngine)
+        return found
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -177,7 +245,12 @@ class Session:
         """Settings of a section that change bytes at most, never the meaning: recorded in manifests."""
         import torch
 
-        return {"threads": torch.get_num_threads(), section: getattr(self.run.config, section).performance()}
+        config = self.run.config
+        record = {"threads": torch.get_num_threads(), section: getattr(config, section).performance()}
+        if self._ray is not None:
+            record["threads"] = config.threads or 1
+        engine = getattr(config, section).engine if section in ("rollout", "score") else None
+        return {**record, "vllm": config.vllm.performance()} if engine == "vllm" else record
 
     def template_fields(self, teacher: str | None = None) -> str:
         """The chat template that the student, or a teacher, renders with, for a fingerprint."""
@@ -218,6 +291,7 @@ class Session:
         )
         return self._load("student" if same else "base", key, cfg)
 
+    @_one_at_a_time
     def process(self, who: str, cfg: ModelConfig, ids: Vocabulary, stops: frozenset[int], longest: int) -> Engine:
         """A model in a vllm process, which lives on and is given new weights where only those changed.
 
@@ -227,6 +301,9 @@ class Session:
         from fire_data.vllm_engine import VllmEngine
 
         folder, key = models.local_folder(cfg, self.run.root), self._fingerprint(cfg)
+        positions = getattr(models.model_config(cfg, self.run.root), "max_position_embeddings", None)
+        if positions:  # vllm refuses to make room for more than the model was made for
+            longest = min(longest, positions - 1)
         known, engine = self._engines.get(who, ("", None))
         assert engine is None or isinstance(engine, VllmEngine)
         if engine is not None and known != key:
@@ -235,7 +312,7 @@ class Session:
             self._engines[who] = (key, engine)
         elif engine is None:
             self.report.start(f"starting vllm for {who}", 1, "model")
-            log = self.run.root / ".fire" / "logs" / f"vllm-{who.replace(' ', '-')}.log"
+            log = self.run.root / ".fire" / "logs" / f"vllm-{who.replace(' ', '-')}{self.place}.log"
             made = VllmEngine(
                 folder, dtype=cfg.dtype, device=cfg.device, settings=self.run.config.vllm, vocabulary=ids,
                 stop_ids=stops, log=log, threads=self.run.config.threads, longest=longest,
@@ -244,32 +321,53 @@ class Session:
             self._engines[who] = (key, made)
         return self._engines[who][1]
 
+    @_one_at_a_time
     def server(
-        self, who: str, cfg: ModelConfig, ids: Vocabulary, stops: frozenset[int], tokenizer: Any, longest: int
+        self,
+        who: str,
+        cfg: ModelConfig,
+        ids: Vocabulary,
+        stops: frozenset[int],
+        tokenizer: Any,
+        longest: int,
+        sampling: Sampling | None,
     ) -> Engine:
-        """A model behind its url, after a probe of the server. Raises ConfigError if it is not what was declared."""
+        """A model behind its url, after a probe of the server. Raises ConfigError if it is not what was declared.
+
+        `sampling`: how it will write; None: it scores.
+        """
         from fire_data.http_engine import HttpEngine
 
         if self._engines.get(who, ("", None))[0] != cfg.model:
             assert cfg.url is not None
-            self.release(who)
+            self._end(who)
             made = HttpEngine(
                 cfg.url, cfg.served_name or cfg.model, model=cfg.model, settings=self.run.config.http,
                 api_key=_secret(cfg), vocabulary=ids, stop_ids=stops,
-                entropy_topk=self.run.config.score.entropy_topk, who=who,
+                entropy_topk=self.run.config.score.entropy_topk, who=who, warn=self.report.warn,
             )  # fmt: skip
             self.report.start(f"probing the server of {who}", 1, "server")
-            self.probes[who] = made.probe(tokenizer, longest)
+            try:
+                self.probes[who] = made.probe(tokenizer, longest, sampling)
+            except FireError:
+                made.close()
+                raise
             self._engines[who] = (cfg.model, made)
         return self._engines[who][1]
 
     def release(self, *who: str) -> None:
         """Forget loaded models and end engines (all, if none is named), and give their memory back."""
-        for name in who or tuple(self._engines):
+        self._end(*(who or tuple(self._engines)))
+        self._forget(*(who or tuple(self._models)))
+
+    def _end(self, *who: str) -> None:
+        for name in who:
             _, engine = self._engines.pop(name, ("", None))
             if engine is not None:
                 engine.close()
-        there = [name for name in who or tuple(self._models) if self._models.pop(name, None) is not None]
+
+    def _forget(self, *who: str) -> None:
+        there = [name for name in who if self._models.pop(name, None) is not None]
         if not there:
             return
         gc.collect()
@@ -279,22 +377,24 @@ class Session:
             torch.cuda.empty_cache()
 
     def rest(self, *who: str) -> None:
-        """As `release`, for what holds an accelerator: in main memory a model may stay for the next round."""
+        """As `release`, for what holds an accelerator that others need: in main memory a model may stay."""
         from fire_data.models import resolve_device
 
         names = who or (*self._models, *self._engines)
         configs = {"student": self.run.config.student, "base": self.run.base(), **self.run.teachers}
         for name in dict.fromkeys(names):
             _, engine = self._engines.get(name, ("", None))
-            loaded = name in self._models and resolve_device(configs[name].device).type != "cpu"
-            if loaded or (engine is not None and engine.holds_gpu):
-                self.release(name)
+            if name in self._models and resolve_device(configs[name].device).type != "cpu":
+                self._forget(name)
+            if engine is not None and engine.holds_gpu:
+                self._end(name)
 
+    @_one_at_a_time
     def _load(self, who: str, key: str, cfg: ModelConfig) -> PreTrainedModel:
         from fire_data import models
 
         if self._models.get(who, ("", None))[0] != key:
-            self.release(who)
+            self._forget(who)
             self.report.start(f"loading {called(who)}", 1, "model")
             self._models[who] = (key, models.load_model(cfg, self.run.root))
         model: PreTrainedModel = self._models[who][1]

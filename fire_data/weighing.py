@@ -22,6 +22,7 @@ from fire_data.rules.tokens import fold
 from fire_data.schemas.config import Denominator
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.tables import SUMMARIES
+from fire_data.teachers import frame_bounds, in_columns, require_exact
 
 _SUMMARIES = {c.name for c in SUMMARIES}
 _MEAN = "_mean_weight"
@@ -46,6 +47,8 @@ def weigh(
     truncated: str = "keep",
     end_token: str = "keep",
     rollout_is_cap: float | None = None,
+    teacher: str = "routed",
+    entropy: str = "exact",
     **params: Any,
 ) -> pl.LazyFrame:
     """The frame plus the columns of the weights table: step, keep, drop_reason, weight, advantage, coefficient.
@@ -53,15 +56,22 @@ def weigh(
     `frame` has one row per trajectory and the token columns the rule needs, as lists in nats; it is read into memory
     (`fire weigh` is for tables that do not fit). `batch_size` is the trajectories per optimizer step; None: the frame's
     own `step` column, else one step. None elsewhere means the rule's own. Further keywords are the rule's parameters
-    (`percentile=20`). Raises ConfigError for an unknown rule, parameter or column, DataError for values that are not
-    finite, lists of unequal length, or a rule that gives a negative weight.
+    (`percentile=20`). `teacher`: which one counts, of several given as columns `teacher_logprob.NAME` and
+    `teacher_entropy.NAME`: routed (the plain columns), average, confident (per trajectory), token (per token), a name;
+    the frame returned keeps its own columns. `entropy`: "any" lets a rule read entropies that are lower bounds: those
+    that come with a mass (`teacher_entropy_mass`), and that of an average.
+
+    Raises ConfigError for an unknown rule, parameter, column or teacher, or entropies that are not exact; DataError for
+    values that are not finite, lists of unequal length, or a rule that gives a negative weight.
     """
     made = make_rule(rule, params, scope)
-    weighing = Weighing(made, batch_size, denominator, constant, truncated, end_token, rollout_is_cap)
     whole = frame.lazy().collect()
+    given = whole.columns
+    around = (batch_size, denominator, constant, truncated, end_token, rollout_is_cap, None)
+    weighing = Weighing(made, *around, in_columns(given, teacher), entropy)
     if not whole.height:
         raise DataError("the frame has no rows", fix="give one row per trajectory")
-    given = whole.columns
+    require_exact(made, weighing.teachers, entropy, frame_bounds(whole))
     # Summaries are taken from the token columns as they are now, whatever sums the frame carries.
     fresh = whole.lazy().drop(name for name in given if name in _SUMMARIES and _source(name) in given)
     prepared = prepare(fresh, weighing)

@@ -173,7 +173,7 @@ class WeighConfig(Section):
         "which teacher counts, of several: routed, average, confident (per trajectory), token (per token), or a name",
     )
     entropy: Literal["exact", "any"] = _field(
-        "exact", "any: rules may read entropies that are only bounds, from the top-k of a server"
+        "exact", "any: rules may read entropies that are only bounds: from a server's top-k, or an average of teachers"
     )
 
 
@@ -253,6 +253,7 @@ class VllmConfig(Section):
     gpu_memory_utilization: float = _perf(0.9, "share of the GPU's memory", gt=0, le=1)
     tensor_parallel_size: int = _perf(1, "GPUs that share one model", ge=1)
     enforce_eager: bool = _perf(False, "true: no CUDA graphs; starts faster, generates slower")
+    keep: bool = _perf(False, "true: stay on the GPU between stages and reload weights, if training has another GPU")
     cpu_kv_cache_gb: float = _perf(2.0, "size of the key-value cache without a GPU", gt=0)
     start_timeout: float = _perf(900.0, "seconds until the engine must be ready", gt=0)
     args: dict[str, Any] = _perf({}, "further arguments of vllm.LLM")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
+ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "bench"
 SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py") if path.stem != "measure")
 
 
 def _smoke(script: str) -> dict[str, Any]:
     if script != "cli":
         pytest.importorskip("transformers")
+    if script == "vllm" and not Path(os.environ.get("FIRE_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python")).exists():
+        pytest.skip("needs an environment with vLLM: make vllm")
     command = [sys.executable, str(BENCH / f"{script}.py"), "--smoke"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert answer.returncode == 0, answer.stderr
@@ -26,7 +30,7 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    assert SCRIPTS == ["cli", "rollout", "rules", "score", "train", "weigh"]
+    assert SCRIPTS == ["cli", "rollout", "rules", "score", "train", "vllm", "weigh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "polars", "transformers", "pyarrow", "numpy", "vllm", "huggingface_hub", "rich")
+HEAVY = ("torch", "polars", "transformers", "pyarrow", "numpy", "vllm", "ray", "httpx", "huggingface_hub", "rich")
 
 # Every module has a layer, and imports only from its own and from those before it.
 LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
         "schedule", "sampling", "verify", "frames", "vocabulary", "signals", "topk", "loss", "packing", "batch",
-        "prepare", "summary", "weighing", "rules", "rules.base", "rules.tokens", "rules.statistics", "rules.evaluate",
+        "prepare", "summary", "teachers", "weighing", "rules", "rules.base", "rules.tokens", "rules.statistics",
+        "rules.evaluate",
         "rules.compose", "rules.own", "rules.fire", "rules.controls", "rules.repairs", "rules.filters",
         "rules.weights", "rules.masks",
         "rules.advantages", "rules.candidates", "rules.topk", "rules.forward_kl", "rules.expression",
@@ -31,13 +32,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "storage and engines": (
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
         "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "training", "trainstate", "stream",
-        "kept", "session",
+        "kept", "contract", "http_words", "http_client", "http_dialect", "http_probe", "http_engine", "vllm_process",
+        "vllm_engine",
+        "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster", "ray_engine", "session",
     ),
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",
         "steps.inputs", "steps.engines", "steps.passes", "steps.columns", "steps.passrate", "steps.diagnose",
         "steps.compare",
-        "demo", "demo.tasks", "demo.world", "demo.arms", "demo.curve",
+        "demo", "demo.tasks", "demo.lists", "demo.world", "demo.two_domains", "demo.arms", "demo.curve",
     ),
     "cli": (
         "cli", "cli.app", "cli.errors", "cli.inspect", "cli.terminal", "cli.rules", "cli.diagnose", "cli.compare",

@@ -21,7 +21,7 @@ from fire_data.diagnose.measure import HISTORY_COLUMNS, UNLIKELY, history, repea
 from fire_data.summary import merge_summaries, summarise
 
 COLUMNS = ("length", "student_logprob", "teacher_logprob", *HISTORY_COLUMNS)
-"""The columns of scores that `Tally` reads."""
+"""The columns of a prepared table that `Tally` reads: of several teachers, those that count there."""
 
 HEAD = 0.01  # of the tokens: the share of the signal that these carry says how concentrated it is
 TOP = 0.05  # of the tokens: those of two rules are laid over each other

@@ -21,7 +21,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -109,16 +109,16 @@ def build_world(
         ConfigError: ``folder`` holds a world built from other arguments.
     """
     sizes = sizes or Sizes()
-    report = report or _silent
+    report = report or silent
     world = World(folder / "teacher", folder / "student", folder / "prompts.jsonl", folder / "held_out.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"seed": seed, "prompts": prompts, "held_out": held_out}
-    _claim(folder / "world.json", counts | dataclasses.asdict(sizes))
-    problems = tasks.distinct_problems(_stream(seed, "problems"), prompts + held_out)
+    claim(folder / "world.json", counts | dataclasses.asdict(sizes))
+    problems = tasks.distinct_problems(stream(seed, "problems"), prompts + held_out)
     _write_prompts(world.prompts, problems[:prompts], "train")
     _write_prompts(world.held_out, problems[prompts:], "held-out")
     report("prompts", 1, 1)
-    with _one_thread():
+    with one_thread():
         if not world.teacher.exists():
             _build_teacher(world, seed, sizes, frozenset(problems), report)
         if not world.student.exists():
@@ -126,9 +126,9 @@ def build_world(
     return world
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the task's words: splits at white space, decodes with single blanks."""
-    vocabulary = {word: number for number, word in enumerate((*SPECIALS, *tasks.WORDS))}
+def make_tokenizer(task_words: Sequence[str] = tasks.WORDS) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the words of a task: splits at white space, decodes with single blanks."""
+    vocabulary = {word: number for number, word in enumerate((*SPECIALS, *task_words))}
     words = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
@@ -146,31 +146,42 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def _build_teacher(world: World, seed: int, sizes: Sizes, reserved: frozenset[str], report: Report) -> None:
     tokenizer = make_tokenizer()
-    with torch.random.fork_rng(devices=[]):  # the caller's random state is not ours to move
-        torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(_model_config(tokenizer, sizes))
-    rng = _stream(seed, "teacher")
+    model = new_model(tokenizer, sizes, seed)
+    rng = stream(seed, "teacher")
 
     def draw() -> Example:
         problem = _fresh_problem(rng, reserved)
         return problem, tasks.solution(problem, rng)
 
-    _fit(model, tokenizer, draw, sizes, sizes.teacher_steps, sizes.teacher_rate, partial(report, "teacher"))
-    _save(model, tokenizer, world.teacher)
+    fit(model, tokenizer, draw, sizes, sizes.teacher_steps, sizes.teacher_rate, partial(report, "teacher"))
+    save(model, tokenizer, world.teacher)
 
 
 def _build_student(world: World, seed: int, sizes: Sizes, reserved: frozenset[str], report: Report) -> None:
     tokenizer = make_tokenizer()
-    with _no_progress_bars():
-        model = Qwen3ForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
-    rng = _stream(seed, "student")
+    model = load_model(world.teacher)
+    rng = stream(seed, "student")
 
     def draw() -> Example:
         problem = _fresh_problem(rng, reserved)
         return problem, tasks.corrupted_solution(problem, rng, sizes.corruption)
 
-    _fit(model, tokenizer, draw, sizes, sizes.student_steps, sizes.student_rate, partial(report, "student"))
-    _save(model, tokenizer, world.student)
+    fit(model, tokenizer, draw, sizes, sizes.student_steps, sizes.student_rate, partial(report, "student"))
+    save(model, tokenizer, world.student)
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, sizes: Sizes, seed: int) -> Qwen3ForCausalLM:
+    """An untrained model over the tokenizer's words. The caller's random state is not ours to move."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(_model_config(tokenizer, sizes))
+
+
+def load_model(folder: Path) -> Qwen3ForCausalLM:
+    """A model that was built before, to be trained on."""
+    with _no_progress_bars():
+        model: Qwen3ForCausalLM = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
 
 
 def _model_config(tokenizer: PreTrainedTokenizerFast, sizes: Sizes) -> Qwen3Config:
@@ -191,7 +202,7 @@ def _model_config(tokenizer: PreTrainedTokenizerFast, sizes: Sizes) -> Qwen3Conf
     )
 
 
-def _fit(
+def fit(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     draw: Callable[[], Example],
@@ -238,7 +249,7 @@ def _batch(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> tuple
     return ids_B_T, labels_B_T
 
 
-def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
     """Writes a Hugging Face folder beside ``target``, then renames it: what has that name is complete."""
     unfinished = target.with_name(f".{target.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted call
@@ -259,14 +270,14 @@ def _write_prompts(target: Path, problems: list[str], prefix: str) -> None:
         )
         for number, problem in enumerate(problems)
     )
-    _write_whole(target, "\n".join(lines) + "\n")
+    write_whole(target, "\n".join(lines) + "\n")
 
 
-def _claim(record: Path, arguments: dict[str, object]) -> None:
+def claim(record: Path, arguments: dict[str, object]) -> None:
     """Records what the world is built from, or refuses to mix two worlds in one folder."""
     text = json.dumps(arguments, indent=2) + "\n"
     if not record.exists():
-        _write_whole(record, text)
+        write_whole(record, text)
     elif record.read_text(encoding="utf-8") != text:
         raise ConfigError(
             "this folder holds a demo world built from other arguments",
@@ -275,7 +286,7 @@ def _claim(record: Path, arguments: dict[str, object]) -> None:
         )
 
 
-def _write_whole(target: Path, text: str) -> None:
+def write_whole(target: Path, text: str) -> None:
     unfinished = target.with_name(f".{target.name}.partial")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, target)
@@ -287,7 +298,7 @@ def _fresh_problem(rng: random.Random, reserved: frozenset[str]) -> str:
     return problem
 
 
-def _stream(seed: int, what: str) -> random.Random:
+def stream(seed: int, what: str) -> random.Random:
     """An own stream per part: it comes out the same whether or not the others were built in this call."""
     return random.Random(f"fire demo world, {what}, {seed}")
 
@@ -305,7 +316,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Matrices this small need no second thread: on busy cores, two that wait for each other took about ten
     times as long. One thread also makes the files independent of the caller's thread count.
     """
@@ -317,5 +328,5 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     pass

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -32,11 +32,11 @@ from fire_data.rules.controls import Uniform
 from fire_data.rules.expression import Expression
 from fire_data.schemas.config import RULE_PARTS, Denominator, Normalise, Scope, is_expression, split_rule
 from fire_data.schemas.errors import ConfigError
-from fire_data.schemas.tables import addon_of
+from fire_data.schemas.tables import MASSES, addon_of
 
 __all__ = [
     "RULES", "Composite", "Expression", "Parts", "Rule", "RuleEntry", "Statistic", "Stats", "Uniform", "WeightRule",
-    "describe_rule", "entry_of", "make_rule", "plain_advantage", "rule_names", "top",
+    "describe_rule", "entropies", "entry_of", "every", "make_rule", "plain_advantage", "rule_names", "top",
 ]  # fmt: skip
 
 RULES: dict[str, RuleEntry] = {
@@ -205,6 +205,7 @@ def describe_rule(name: str) -> dict[str, Any]:
         "believes": "; ".join(r.belief for r in parts if r.belief),
         "needs": list(rule.columns),
         "adds": _beyond_scores(rule),
+        "entropies": entropies(c for r in every(rule) for c in r.columns),
         "scope": list(rule.scopes) or ["token"],
         "stale": rule.goes_stale,
         "parameters": [
@@ -226,6 +227,18 @@ def _choices(field: dataclasses.Field[Any]) -> str:
 def rule_names() -> list[str]:
     """The built-in rules and those that installed packages offer."""
     return list(dict.fromkeys([*RULES, *own.installed()]))
+
+
+def every(rule: Rule) -> list[Rule]:
+    """A rule with its components and what it is matched to."""
+    inside = [r for c in rule.components if c is not rule for r in every(c)]
+    return [rule, *inside, *(every(rule.matched) if rule.matched else [])]
+
+
+def entropies(columns: Iterable[str]) -> list[str]:
+    """Those of the columns that hold entropies. A rule that reads one must be told where these are only bounds."""
+    kinds = {c.name.removesuffix("_mass") for c in MASSES}
+    return list(dict.fromkeys(c for c in columns if c.partition(".")[0] in kinds))
 
 
 def _beyond_scores(rule: Rule) -> list[str]:

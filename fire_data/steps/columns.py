@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fire_data import verify
+from fire_data.engines import Evaluator
 from fire_data.kept import Kept
 from fire_data.overview import start_over
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.errors import ConfigError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
 from fire_data.schemas.tables import FLOATS, FORMAT, addon_columns, conform
-from fire_data.session import Session
+from fire_data.session import Session, called
 from fire_data.shards import Part, is_sealed, read_manifest, read_shard, sealed, write_shard
 from fire_data.stages import Stage, open_stage, run_stage
 from fire_data.steps import engines
@@ -33,8 +34,9 @@ from fire_data.steps.inputs import (
     score_fields,
     with_teacher_prompts,
 )
-from fire_data.steps.passes import Sweep, plan_passes, require_joint
+from fire_data.steps.passes import Sweep, opened, plan_passes, require_joint, require_same_columns
 from fire_data.steps.passrate import count_prompts, pass_rate_fields, pass_rates
+from fire_data.teachers import EXACT, TOPK_BOUND
 
 _TRUNCATED = 0.1  # cut answers among the teacher's that are worth a word
 
@@ -96,6 +98,8 @@ def complete(session: Session, addon: Addon) -> Manifest:
     manifest = run_stage(addon.stage, addon.make, addon.stats, session.report, lanes=addon.lanes, before=addon.before)
     Kept(addon.stage.part, addon.stage.fingerprint).clear()
     session.release("base")  # an own model, needed no more in this round
+    if addon.name.startswith(ADDED_TEACHER) and len(session.run.teachers) > 1:
+        session.rest(addon.name.removeprefix(ADDED_TEACHER))  # room for the next one
     return manifest
 
 
@@ -148,12 +152,15 @@ def _base(session: Session, round: int, source: Manifest) -> Addon:
     require_vocabulary(session, source_part, source)
     ids = session.base_vocabulary
 
+    def model() -> Evaluator:
+        return opened(session, lambda: engines.base_evaluator(session))
+
     def make(shard: Shard) -> pa.Table:
         rollouts = read_shard(source_part, receipts[shard.name])
         for name, known in (("prompt_ids", session.base_ids), ("response_ids", ids)):
             require_known(rollouts, name, known, source_part, receipts[shard.name], "base model")
         plain = rollouts.select(["trajectory_id", "prompt_ids", "response_ids"])
-        made = kept.completed(shard.name, "base", plain, engines.base_evaluator(session).evaluate)
+        made = kept.completed(shard.name, "base", plain, lambda some: model().evaluate(some))
         return _beside(part, shard, rollouts, made.select(["logprob"]).rename_columns(["base_logprob"]))
 
     fields = {
@@ -166,12 +173,26 @@ def _base(session: Session, round: int, source: Manifest) -> Addon:
     recorded = {**session.performance("score"), "base": session.run.base().model}
     stage = Stage(part, fields, source.plan, recorded)
     kept = Kept(part, stage.fingerprint)
-    engine = "http" if session.run.base().url is not None and cfg.engine != "fake" else cfg.engine
 
     def stats(done: list[Receipt]) -> dict[str, Any]:
         return {"base_logprob": _mean(part, done, "base_logprob")}
 
-    return Addon("base", stage, make, stats, _cost("base", source), lanes=engines.lanes(session, engine))
+    engine = engines.base_engine(session)
+    return Addon(
+        "base", stage, make, stats, _cost("base", source), lanes=engines.lanes(session, engine),
+        before=_probe(session, kept, engine, model),
+    )  # fmt: skip
+
+
+def _probe(session: Session, kept: Kept, engine: str, model: Callable[[], Evaluator]) -> Callable[[list[Shard]], None]:
+    """Before any shard: that the server is what was declared, and the one that other shards are from."""
+
+    def before(_: list[Shard]) -> None:
+        if engine == "http":
+            model()
+            engines.require_same_servers(session, kept)
+
+    return before
 
 
 def _teacher(session: Session, round: int, source: Manifest, name: str) -> Addon:
@@ -197,45 +218,65 @@ def _teacher(session: Session, round: int, source: Manifest, name: str) -> Addon
         own = run.config.score.teacher_prompt == "own"
         for column in ("response_ids", "teacher_prompt_ids" if own else "prompt_ids"):
             require_known(rollouts, column, session.vocabulary, source_part, receipts[shard.name])
-        scored = read_shard(scores, next(r for r in sealed(scores).shards if r.shard == shard.name))
+        told = sealed(scores)
+        scored = read_shard(scores, next(r for r in told.shards if r.shard == shard.name))
         mine = pa.array([run.route(value) == name for value in rollouts["teacher"].to_pylist()], pa.bool_())
         theirs = rollouts.filter(pc.invert(mine))
         values = pc.if_else(
             pc.is_valid(theirs["teacher_prompt_ids"]), theirs["teacher_prompt_ids"], theirs["prompt_ids"]
         )
         rows = theirs.select(["trajectory_id", "prompt_ids", "response_ids"]).set_column(1, "prompt_ids", values)
-        made = (
-            kept.completed(shard.name, name, rows, engines.teacher_evaluator(session, name).evaluate)
-            if rows.num_rows
-            else rows
-        )
-        return _beside(part, shard, rollouts, _merged(name, rollouts, scored.filter(mine), made))
+        made = kept.completed(shard.name, name, rows, lambda some: model().evaluate(some)) if rows.num_rows else rows
+        kind = (told.recorded.get("entropy_kind") or {}).get(name)
+        if kind in EXACT and "entropy_mass" in made.column_names:
+            text = f"{called(name)} now gives only bounds of its entropies, its scores have exact ones"
+            fix = f"serve it as it was then, or: {scores.command} --redo"
+            raise FingerprintError(text, where=f"{part.label}, shard {shard.name}", fix=fix)
+        columns = _merged(name, rollouts, scored.filter(mine), made, kind)
+        require_same_columns(part, shard, columns.column_names)
+        return _beside(part, shard, rollouts, columns)
+
+    def model() -> Evaluator:
+        return opened(session, lambda: engines.teacher_evaluator(session, name))
 
     def stats(done: list[Receipt]) -> dict[str, Any]:
-        found = {c: _mean(part, done, f"{c}.{name}") for c in ("teacher_logprob", "teacher_entropy")}
+        columns = [c.name.removesuffix(f".{name}") for c in addon_columns(part.name or "") or () if c.per == "token"]
+        there = {c for r in done for c in read_shard(part, r).column_names}
+        found = {c: _mean(part, done, f"{c}.{name}") for c in columns if f"{c}.{name}" in there}
+        stage.recorded["entropy_kind"] = (
+            TOPK_BOUND if "teacher_entropy_mass" in found else "fake" if engine == "fake" else "exact"
+        )
         return found
 
     engine = engines.teacher_engine(session, name)
     return Addon(
-        part.name or "", stage, make, stats, _cost(part.name or "", source), lanes=engines.lanes(session, engine)
-    )
+        part.name or "", stage, make, stats, _cost(part.name or "", source), lanes=engines.lanes(session, engine),
+        before=_probe(session, kept, engine, model),
+    )  # fmt: skip
 
 
-def _merged(name: str, rollouts: pa.Table, scored: pa.Table, made: pa.Table) -> pa.Table:
-    """The columns of a teacher's addon: from the scores where they are its own, else from what was made."""
+def _merged(name: str, rollouts: pa.Table, scored: pa.Table, made: pa.Table, kind: str | None) -> pa.Table:
+    """The columns of a teacher's addon: from the scores where they are its own, else from what was made.
+
+    `kind`: that of its entropies in the scores; None if it has no rows there. All shards have the same columns.
+    """
     ids = pa.chunked_array([*scored["trajectory_id"].chunks, *made["trajectory_id"].chunks], pa.string())
     places = pc.index_in(rollouts["trajectory_id"], value_set=ids)
     columns = {f"teacher_prompt_ids.{name}": rollouts["teacher_prompt_ids"]}
-    for column in ("logprob", "entropy", "entropy_mass"):
-        halves = [
-            t[c] for t, c in ((scored, f"teacher_{column}"), (made, column)) if t.num_rows and c in t.column_names
-        ]
-        rows = sum(len(h) for h in halves)
-        if rows == rollouts.num_rows:
-            columns[f"teacher_{column}.{name}"] = pa.chunked_array([c for h in halves for c in h.chunks], FLOATS).take(
-                places
-            )
+    bound = "entropy_mass" in made.column_names if kind is None else kind not in EXACT
+    for column in ("logprob", "entropy", *(["entropy_mass"] if bound else [])):
+        halves = [_half(t, c) for t, c in ((scored, f"teacher_{column}"), (made, column)) if t.num_rows]
+        values = pa.chunked_array([chunk for half in halves for chunk in half.chunks], FLOATS)
+        columns[f"teacher_{column}.{name}"] = values.take(places)
     return pa.table(columns)
+
+
+def _half(table: pa.Table, column: str) -> pa.ChunkedArray:
+    """A column; masses of entropies that are exact are 1."""
+    if column in table.column_names or not column.endswith("entropy_mass"):
+        return table[column]
+    lengths = pc.list_value_length(table["response_ids"] if "response_ids" in table.column_names else table["logprob"])
+    return pa.chunked_array([[[1.0] * n for n in lengths.to_pylist()]], FLOATS)
 
 
 def _mean(part: Part, receipts: list[Receipt], column: str, k: int | None = None) -> float | None:

@@ -19,7 +19,7 @@ from fire_data.compare import COLUMNS, DEFAULT, Asked, Tally, late_from, parse_r
 from fire_data.prepare import Weighing
 from fire_data.rules import own
 from fire_data.run import Run
-from fire_data.schemas.config import split_rule
+from fire_data.schemas.config import WeighConfig, split_rule
 from fire_data.schemas.errors import ConfigError, DamagedError, DataError, FireError, IncompleteError
 from fire_data.stages import Reporter, Silent
 from fire_data.steps.weigh import ScoredRound, configured, drops
@@ -136,6 +136,8 @@ def _flags(work: ScoredRound, tally: Tally, label: str, labels: list[str]) -> di
     twin = next((other for other in labels[: labels.index(label)] if tally.same(label, other)), None)
     if twin not in (None, BASELINE.label):
         flags["same"] = f"every coefficient is that of {twin}, bit for bit"
+    if work.bounds:
+        flags["bound"] = "; ".join(f"{column} is {bound}" for column, bound in work.bounds.items())
     if rule.goes_stale:
         flags["stale"] = "its decisions rest on the student as it was when it was scored"
     return flags
@@ -147,7 +149,8 @@ def _skips(skipped: int, steps: int) -> dict[str, str]:
 
 def _policies(around: Weighing) -> dict[str, Any]:
     names = ("batch_size", "truncated", "end_token", "rollout_is_cap", "samples_per_group", "constant")
-    return {"denominator": around.denominator, **{name: getattr(around, name) for name in names}}
+    teachers = {"teacher": around.teachers.how, "entropy": around.entropy}
+    return {"denominator": around.denominator, **{name: getattr(around, name) for name in names}, **teachers}
 
 
 def _next(run: Run, round: int, asked: list[Asked], told: list[dict[str, Any]]) -> str:
@@ -163,6 +166,10 @@ def _next(run: Run, round: int, asked: list[Asked], told: list[dict[str, Any]]) 
     cfg = run.config.weigh
     if cfg.denominator is not None and cfg.rule != chosen.rule:
         words += ["--denominator", cfg.denominator]
+    # As they were here, whether fire.yaml says so or the command line did.
+    for name in ("teacher", "entropy"):
+        if (value := getattr(cfg, name)) != WeighConfig.model_fields[name].default:
+            words += ["--set", f"weigh.{name}={value}"]
     if chosen.options or filed:
         words += ["--name", re.sub(r"[^A-Za-z0-9.]+", "-", Path(chosen.label).name).strip("-.")]
     return shlex.join(words)

@@ -6,24 +6,40 @@ one model at a time. A teacher with a url is asked there, whatever engine the re
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from fire_data import files
 from fire_data.engines import Engine, Evaluator, FakeGenerator, FakeScorer, Generator, Scorer
-from fire_data.schemas.config import ModelConfig
+from fire_data.kept import Kept
+from fire_data.run import Run
+from fire_data.sampling import Sampling
+from fire_data.schemas.config import ModelConfig, parse_config
+from fire_data.schemas.errors import FingerprintError
 from fire_data.session import Session
 from fire_data.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from fire_data.ray_engine import RayEngine
+
 STUDENT, BASE = "student", "base"
+_WRITES = " (writing)"
+_SAME_SERVER = 0.2  # nats: more than half precision and another batch make of the same model's logprobs
 _OTHER_PROMPT = 1024  # tokens by which a teacher's own prompt may be longer than the longest of the student's
 
 
 def make_generator(session: Session, round: int) -> Generator:
     """The configured generation engine with the round's student."""
+    if session.places(session.run.config.rollout.engine):
+        return _on_cluster(session, STUDENT, "generator", round)
     cfg, ids, stops = session.run.config, session.vocabulary, session.stop_ids
     if cfg.rollout.engine == "fake":
         return FakeGenerator(ids, stops)
     if cfg.rollout.engine != "transformers":
-        return _student(session, round, cfg.rollout.engine)
+        return _student(session, round, cfg.rollout.engine, sampling(session))
     from fire_data.generate import TransformersGenerator
 
     generator = TransformersGenerator(session.student(round), ids, stops, cfg.rollout.rows_in_flight)
@@ -39,6 +55,8 @@ def teacher_generator(session: Session, name: str) -> Generator:
     """
     from fire_data import models
 
+    if session.places(teacher_engine(session, name)):
+        return _on_cluster(session, name, "teacher generator")
     cfg, teacher = session.run.config, session.run.teacher(name)
     ids, tokenizer = session.teacher_vocabulary(name), session.teacher_tokenizer(name)
     stops = models.stop_ids(teacher, session.run.root, tokenizer)
@@ -48,7 +66,7 @@ def teacher_generator(session: Session, name: str) -> Generator:
     if engine == "fake":
         return FakeGenerator(ids, stops)
     if engine != "transformers":
-        return _placed(session, f"{name} (writing)", engine, teacher, ids, stops, tokenizer)
+        return _placed(session, name, engine, teacher, ids, stops, tokenizer, sampling(session))
     from fire_data.generate import TransformersGenerator
 
     return TransformersGenerator(session.teacher(name), ids, stops, cfg.rollout.rows_in_flight)
@@ -69,6 +87,8 @@ def teacher_engine(session: Session, name: str) -> str:
 
 def joint_scorer(session: Session, round: int, name: str) -> Scorer:
     """Student and teacher together."""
+    if session.places(session.run.config.score.engine):
+        return _on_cluster(session, name, "scorer", round)
     cfg = session.run.config.score
     if cfg.engine == "fake":
         return FakeScorer(session.vocabulary, _suffix(session, name))
@@ -82,6 +102,8 @@ def joint_scorer(session: Session, round: int, name: str) -> Scorer:
 def student_evaluator(session: Session, round: int) -> Evaluator:
     """The round's student alone."""
     engine = session.run.config.score.engine
+    if session.places(engine):
+        return _on_cluster(session, STUDENT, "student", round)
     if engine == "transformers":
         return _transformers(session, session.student(round), session.vocabulary)
     return _student(session, round, engine)
@@ -90,6 +112,8 @@ def student_evaluator(session: Session, round: int) -> Evaluator:
 def teacher_evaluator(session: Session, name: str) -> Evaluator:
     """A teacher alone."""
     engine = teacher_engine(session, name)
+    if session.places(engine):
+        return _on_cluster(session, name, "teacher")
     if engine == "fake":
         return FakeScorer(session.vocabulary, _suffix(session, name))
     if engine == "transformers":
@@ -100,31 +124,66 @@ def teacher_evaluator(session: Session, name: str) -> Evaluator:
 
 def base_evaluator(session: Session) -> Evaluator:
     """The reference model alone, over the ids it shares with the others."""
-    engine, cfg, ids = session.run.config.score.engine, session.run.base(), session.base_vocabulary
+    engine, cfg = session.run.config.score.engine, session.run.base()
+    if session.places(base_engine(session)):
+        return _on_cluster(session, BASE, "base")
+    ids = session.base_vocabulary
     if engine == "fake":
         return FakeScorer(ids, BASE)
-    if cfg.url is not None:
+    if base_engine(session) == "http":
         return _placed(session, BASE, "http", cfg, ids, frozenset(), session.base_tokenizer)
     if engine == "vllm":
         return _placed(session, BASE, engine, cfg, ids, frozenset(), session.base_tokenizer)
     return _transformers(session, session.base(), ids)
 
 
+def base_engine(session: Session) -> str:
+    """The engine that runs the reference model."""
+    engine = session.run.config.score.engine
+    return "http" if session.run.base().url is not None and engine != "fake" else engine
+
+
 def lanes(session: Session, engine: str) -> int:
-    """How many shards are worked on at a time: two where the next one fills what the end of the one before leaves."""
+    """How many shards are worked on at a time: two where the next one fills what the end of the one before leaves,
+    and so many for every worker of a cluster."""
+    return (session.workers if session.places(engine) else 1) * _depth(engine)
+
+
+def _depth(engine: str) -> int:
     return 2 if engine in ("vllm", "http") else 1
 
 
-def entropy_kinds(session: Session, round: int, names: list[str]) -> dict[str, str]:
-    """Whether entropies are exact, by model. Engines that have to be asked are started."""
-    if session.run.config.score.engine == "fake":
-        return {STUDENT: "fake", **dict.fromkeys(names, "fake")}
-    apart = [n for n in names if not is_joint(session, n)]
-    kinds = dict.fromkeys(names, "exact") | {
-        n: teacher_evaluator(session, n).entropy_kind for n in apart if teacher_engine(session, n) != "transformers"
+def _on_cluster(session: Session, who: str, kind: str, round: int = 0) -> RayEngine:
+    """A model on all workers of the session's cluster, each made there by `remote`."""
+    run = session.run
+    recipe = {"root": str(run.root.resolve()), "config": run.config.model_dump(mode="json"), "kind": kind}
+    engine = run.config.rollout.engine if kind == "generator" else run.config.score.engine
+    return session.placed(who, {**recipe, "round": round, "name": who}, _depth(engine))
+
+
+def remote(root: str, config: dict[str, Any], kind: str, round: int, name: str) -> Any:
+    """The engine that a worker of a cluster makes for itself: what `kind` says, on this run."""
+    session = Session(Run(Path(root), parse_config(config, "the configuration of the run")))
+    session.place = f"-{platform.node()}-{os.getpid()}"
+    made: dict[str, Callable[[], Any]] = {
+        "generator": lambda: make_generator(session, round),
+        "teacher generator": lambda: teacher_generator(session, name),
+        "scorer": lambda: joint_scorer(session, round, name),
+        "student": lambda: student_evaluator(session, round),
+        "teacher": lambda: teacher_evaluator(session, name),
+        "base": lambda: base_evaluator(session),
     }
-    alone = session.run.config.score.engine != "transformers"
-    return {STUDENT: student_evaluator(session, round).entropy_kind if alone else "exact", **kinds}
+    return made[kind]()
+
+
+def open_servers(session: Session, round: int, names: list[str]) -> None:
+    """Probe the servers that will score for these teachers, before any model is loaded. Raises as `Session.server`."""
+    engine = session.run.config.score.engine
+    if engine == "http":
+        student_evaluator(session, round)
+    for name in names:
+        if teacher_engine(session, name) == "http":
+            teacher_evaluator(session, name)
 
 
 def _suffix(session: Session, name: str) -> str:
@@ -142,11 +201,11 @@ def _transformers(session: Session, model: Any, ids: Vocabulary) -> Evaluator:
     return TransformersEvaluator(model, ids, session.run.config.score.tokens_per_batch, _budget(session))
 
 
-def _student(session: Session, round: int, engine: str) -> Engine:
-    """The round's student on a vllm process or behind its url: writes and evaluates."""
+def _student(session: Session, round: int, engine: str, how: Sampling | None = None) -> Engine:
+    """The round's student on a vllm process or behind its url: one process writes and evaluates."""
     cfg = session.run.student(round)
     session.verify_student(round)
-    return _placed(session, STUDENT, engine, cfg, session.vocabulary, session.stop_ids, session.tokenizer)
+    return _placed(session, STUDENT, engine, cfg, session.vocabulary, session.stop_ids, session.tokenizer, how)
 
 
 def _placed(
@@ -157,12 +216,40 @@ def _placed(
     ids: Vocabulary,
     stops: frozenset[int],
     tokenizer: Any,
+    how: Sampling | None = None,
 ) -> Engine:
-    """A model on an engine of its own: Generator and Evaluator."""
+    """A model on an engine of its own; `how`: as it is to write."""
     run = session.run.config
     longest = run.rollout.max_prompt_tokens + max(run.rollout.max_new_tokens, run.eval.max_new_tokens or 0)
     if who not in (STUDENT, BASE) and run.score.teacher_prompt == "own":
         longest += _OTHER_PROMPT
     if engine == "http":
-        return session.server(who, cfg, ids, stops, tokenizer, longest)
-    return session.process(who, cfg, ids, stops, longest)
+        return session.server(who + _WRITES * (how is not None), cfg, ids, stops, tokenizer, longest, how)
+    # A teacher writes over all its own ids and scores over the shared ones: two processes, each with its mask.
+    return session.process(who + _WRITES * (how is not None and who != STUDENT), cfg, ids, stops, longest)
+
+
+def sampling(session: Session, greedy: bool = False) -> Sampling:
+    """How rollouts are drawn."""
+    cfg = session.run.config.rollout
+    return Sampling(session.run.config.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens, greedy)
+
+
+def require_same_servers(session: Session, kept: Kept) -> None:
+    """Compare the servers' probes with those of the day on which this stage was begun, or note them down.
+
+    Raises FingerprintError if one answers otherwise: a shard by another model must not come beside the first ones.
+    """
+    from fire_data.http_engine import probe_difference
+
+    path = kept.folder / "servers.json"
+    known = files.read_json(path, "what servers said", fix="remove it") or {}
+    mine = known.get(kept.fingerprint, {})
+    for who, probe in session.probes.items():
+        off = probe_difference(mine[who], probe) if who in mine else None
+        if off is not None and off > _SAME_SERVER:
+            text = f"the server of {who} gives other logprobs than when this stage was begun, by up to {off:.3g} nats"
+            fix = f"serve the model it was begun with, or: {kept.part.command} --redo"
+            raise FingerprintError(text, where=str(probe.get("url")), fix=fix)
+    if session.probes:
+        files.replace_json(path, {kept.fingerprint: {**session.probes, **mine}}, kept.part.tmp)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pyarrow as pa
 
 from fire_data import verify
+from fire_data.engines import Generator
 from fire_data.overview import start_over
 from fire_data.prompts import read_prompts
 from fire_data.sampling import Sampling
@@ -42,23 +44,32 @@ def evaluate(session: Session, round: int | None, *, redo: bool = False) -> Mani
         start_over(run, "evals", part.round, session.report)
     modes = [("greedy", 0)] * cfg.eval.greedy + [("sampled", j) for j in range(cfg.eval.n)]
 
+    @functools.cache
+    def generator() -> Generator:
+        return make_generator(session, model_round)
+
+    def before(_: list[Shard]) -> None:
+        generator()
+
     def make(shard: Shard) -> pa.Table:
         chosen = rows[shard.start : shard.stop]
-        ids = [prompt_ids(session, row) for row in chosen]
-        generator = make_generator(session, model_round)
+        with session.lock:
+            ids = [prompt_ids(session, row) for row in chosen]
         parts = []
         for mode in dict.fromkeys(m for m, _ in modes):
             samples = [(i, j) for i in range(len(chosen)) for m, j in modes if m == mode]
             # Neither round nor model enters the noise: two evaluations differ by their models alone.
             names = [hash_text(cfg.seed, "eval", chosen[i]["prompt_id"], j) for i, j in samples]
             requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
-            answers = generator.generate(requests, _sampling(session, mode == "greedy"))
+            answers = generator().generate(requests, _sampling(session, mode == "greedy"))
             texts = session.tokenizer.batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
             parts.append(_graded(chosen, samples, mode, texts, answers, pattern))
         return conform(pa.concat_tables(parts), "evals", f"{part.label}, shard {shard.name}")
 
     engines = lanes(session, cfg.rollout.engine)
-    return run_stage(stage, make, lambda done: _stats(session, part, done), session.report, lanes=engines)
+    return run_stage(
+        stage, make, lambda done: _stats(session, part, done), session.report, lanes=engines, before=before
+    )
 
 
 def _sampling(session: Session, greedy: bool) -> Sampling:

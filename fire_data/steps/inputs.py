@@ -100,7 +100,8 @@ def with_teacher_prompts(session: Session, rollouts: pa.Table, name: str | None 
             who = name or run.route(route)
             key = (who, json.dumps(messages))
             if key not in known:
-                tokenizer = session.teacher_tokenizer(who)
-                known[key] = chat.render(tokenizer, run.teacher(who), run.root, messages, False)
+                with session.lock:
+                    tokenizer = session.teacher_tokenizer(who)
+                    known[key] = chat.render(tokenizer, run.teacher(who), run.root, messages, False)
             own[i] = known[key] if known[key] != ids else None
     return rollouts.append_column("teacher_prompt_ids", pa.array(own, IDS))

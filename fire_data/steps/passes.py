@@ -10,20 +10,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from fire_data.kept import Kept
-from fire_data.schemas.errors import ConfigError
+from fire_data.schemas.errors import ConfigError, FingerprintError
 from fire_data.schemas.manifest import Receipt, Shard
-from fire_data.schemas.tables import FLOATS, MASSES
+from fire_data.schemas.tables import FLOATS, MASSES, columns_of
 from fire_data.session import Session
 from fire_data.shards import Part
 from fire_data.stages import each_shard
 from fire_data.steps import engines
 from fire_data.steps.inputs import score_inputs
 
+_E = TypeVar("_E")
 _MASSES = {c.name for c in MASSES}
 
 
@@ -51,7 +54,8 @@ def plan_passes(session: Session, round: int, names: Iterable[str]) -> list[Pass
 
     def joint(name: str) -> Pass:
         def run(rows: pa.Table, k: int, signals: bool) -> pa.Table:
-            return engines.joint_scorer(session, round, name).score(rows, k=k, signals=signals)
+            scorer = opened(session, lambda: engines.joint_scorer(session, round, name))
+            return scorer.score(rows, k=k, signals=signals)
 
         def finish() -> None:
             if several:
@@ -60,18 +64,27 @@ def plan_passes(session: Session, round: int, names: Iterable[str]) -> list[Pass
         return Pass(name, frozenset([name]), cfg.engine, run, finish)
 
     def student(rows: pa.Table, k: int, signals: bool) -> pa.Table:
-        return engines.student_evaluator(session, round).evaluate(_plain(rows, False))
+        evaluator = opened(session, lambda: engines.student_evaluator(session, round))
+        return evaluator.evaluate(_plain(rows, False))
 
     def teacher(name: str) -> Pass:
         def run(rows: pa.Table, k: int, signals: bool) -> pa.Table:
-            return engines.teacher_evaluator(session, name).evaluate(_plain(rows, True))
+            evaluator = opened(session, lambda: engines.teacher_evaluator(session, name))
+            return evaluator.evaluate(_plain(rows, True))
 
         engine = engines.teacher_engine(session, name)
         return Pass(name, frozenset([name]), engine, run, lambda: session.rest(name), "teacher_")
 
     rest = functools.partial(session.rest, engines.STUDENT)
     alone = [Pass(engines.STUDENT, frozenset(apart), cfg.engine, student, rest, "student_")]
-    return [*(alone if apart else []), *(teacher(n) if n in apart else joint(n) for n in names)]
+    # The student, which the first ones need beside a teacher, rests when it is needed no more.
+    return [*(joint(n) for n in names if n not in apart), *(alone if apart else []), *(teacher(n) for n in apart)]
+
+
+def opened(session: Session, make: Callable[[], _E]) -> _E:
+    """An engine that is made when it is first needed: once, whichever of the threads that need it comes first."""
+    with session.lock:
+        return make()
 
 
 def require_joint(session: Session, names: Iterable[str], what: str) -> None:
@@ -80,6 +93,20 @@ def require_joint(session: Session, names: Iterable[str], what: str) -> None:
         if not engines.is_joint(session, name):
             text = f"{what} needs the logits of student and teacher {name} together"
             raise ConfigError(text, fix="--set score.engine=transformers, and no url for the teacher")
+
+
+def require_same_columns(part: Part, shard: Shard, names: Iterable[str]) -> None:
+    """Raise FingerprintError if a finished shard has other optional columns: an engine tells more or less than then."""
+    other = next((p.stem for p in sorted(part.receipts.glob("*.json")) if p.stem != shard.name), None)
+    if other is None or not part.file(other).is_file():
+        return
+    optional = {c.name for c in columns_of(part.table) if c.optional and c.per == "token"}
+    then, now = (optional & {*n} for n in (pq.read_schema(part.file(other)).names, names))
+    if then != now:
+        told = [f"{who} has {', '.join(sorted(c))}" for who, c in ((other, then - now), (shard.name, now - then)) if c]
+        text = f"an engine gives other columns than when this stage was begun: of the shards {' and '.join(told)} alone"
+        fix = f"serve the models as they were then, or: {part.command} --redo"
+        raise FingerprintError(text, where=f"{part.label}, shard {shard.name}", fix=fix)
 
 
 class Sweep:
@@ -124,7 +151,13 @@ class Sweep:
     def columns(self, shard: Shard, rows: pa.Table) -> pa.Table:
         """What all passes say of the rows of a shard, in order; of the optional columns, those that all rows have."""
         keep = len(self.passes) > 1
-        return _together([self._swept(one, shard, rows, keep=keep) for one in self.passes], rows)
+        made = _together([self._swept(one, shard, rows, keep=keep) for one in self.passes], rows)
+        try:
+            require_same_columns(self.kept.part, shard, made.column_names)
+        except FingerprintError:
+            self.kept.clear(shard.name)
+            raise
+        return made
 
     def _swept(self, one: Pass, shard: Shard, rows: pa.Table, *, keep: bool) -> pa.Table:
         k, signals = self.wanted(shard)
@@ -139,21 +172,30 @@ def _goes_to(session: Session, rows: pa.Table, teachers: frozenset[str]) -> pa.A
 
 
 def _together(parts: list[pa.Table], rows: pa.Table) -> pa.Table:
-    """Tables over some of the rows each, as one over all."""
+    """Tables over some of the rows each, as one over all.
+
+    An optional column is there if every part that speaks of its model gives it, also one without a row in this shard:
+    so all shards of a stage have the same columns.
+    """
     names = list(dict.fromkeys(c for p in parts for c in p.column_names if c != "trajectory_id"))
     lengths = pc.list_value_length(rows["response_ids"])
     columns = {}
     for name in names:
-        have = [p for p in parts if name in p.column_names]
+        about = [p for p in parts if _of_student(name) in {_of_student(c) for c in p.column_names}]
+        have = [p for p in about if name in p.column_names]
+        if len(have) < len(about) and name not in _MASSES:
+            continue
         ids = pa.chunked_array([c for p in have for c in p["trajectory_id"].chunks], pa.string())
         values = pa.chunked_array([c for p in have for c in p[name].chunks], have[0][name].type)
-        places = pc.index_in(rows["trajectory_id"], value_set=ids)
-        if not places.null_count:
-            columns[name] = values.take(places)
-        elif name in _MASSES:  # the other rows' entropies are exact
-            ones = pa.array([[1.0] * n for n in lengths.to_pylist()], FLOATS)
-            columns[name] = pc.coalesce(values.take(places), ones)
+        columns[name] = values.take(pc.index_in(rows["trajectory_id"], value_set=ids))
+        if name in _MASSES:  # the other rows' entropies are exact
+            columns[name] = pc.coalesce(columns[name], pa.array([[1.0] * n for n in lengths.to_pylist()], FLOATS))
     return pa.table(columns)
+
+
+def _of_student(column: str) -> bool | None:
+    """Whether a column is about the student alone; None for the name of the row."""
+    return None if column == "trajectory_id" else column.startswith("student_")
 
 
 def _plain(rows: pa.Table, teachers: bool) -> pa.Table:

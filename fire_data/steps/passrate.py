@@ -11,14 +11,13 @@ from typing import Any
 import pyarrow as pa
 
 from fire_data import verify
-from fire_data.sampling import Sampling
 from fire_data.schedule import hash_text
 from fire_data.schemas.errors import DataError
 from fire_data.schemas.manifest import Manifest
 from fire_data.schemas.tables import FORMAT, IDS
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard
-from fire_data.steps.engines import teacher_generator
+from fire_data.steps.engines import sampling, teacher_generator
 from fire_data.steps.inputs import routed
 
 
@@ -46,7 +45,7 @@ def _ask(session: Session, name: str, asked: list[dict[str, Any]], rates: dict[s
     names = [hash_text(cfg.seed, "pass-rate", row["prompt_id"], j) for row in asked for j in range(samples)]
     ids = [row["teacher_prompt_ids"] or row["prompt_ids"] for row in asked for _ in range(samples)]
     requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array(ids, IDS)})
-    answers = teacher_generator(session, name).generate(requests, _sampling(session))
+    answers = teacher_generator(session, name).generate(requests, sampling(session))
     texts = session.teacher_tokenizer(name).batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
     for i, row in enumerate(asked):
         mine = texts[i * samples : (i + 1) * samples]
@@ -57,13 +56,13 @@ def _ask(session: Session, name: str, asked: list[dict[str, Any]], rates: dict[s
 def pass_rate_fields(session: Session, source: Manifest) -> dict[str, Any]:
     """What the rates of a round's prompts depend on."""
     cfg = session.run.config
-    sampling = _sampling(session)
+    how = sampling(session)
     return {
         "format": FORMAT,
         "seed": cfg.seed,
         "score": cfg.score.results(),
         "samples": cfg.score.pass_rate_samples,
-        "sampling": {k: getattr(sampling, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")},
+        "sampling": {k: getattr(how, k) for k in ("temperature", "top_p", "top_k", "max_new_tokens")},
         "verify": cfg.verify.results(),
         "teachers": {name: session.teacher_fields(name) for name in routed(session.run, source)},
         "rollouts": source.digest,
@@ -81,8 +80,3 @@ def count_prompts(part: Part, source: Manifest) -> int:
             text = f"prompt {prompt!r} has no answer, and a pass rate needs one"
             raise DataError(text, where=part.label, fix=f"give every prompt an `answer`, then: {part.command} --redo")
     return len(answers)
-
-
-def _sampling(session: Session) -> Sampling:
-    cfg = session.run.config.rollout
-    return Sampling(session.run.config.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens)

@@ -26,6 +26,8 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
         finished = is_sealed(run.part("checkpoints", number))
         if not finished:
             rollout(session, number)
+            if run.config.rollout.engine != run.config.score.engine:
+                session.rest()
             # What the rule reads beside the scores is made without being asked for: a round cannot go on without it.
             score(session, number, add=run.needed_addons())
             weigh(run, number, session.report)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from fire_data import chat, verify
+from fire_data import chat, contract, verify
 from fire_data.engines import Generator
 from fire_data.kept import Kept
 from fire_data.overview import start_over
 from fire_data.prompts import as_messages, prompts_digest, read_prompts
-from fire_data.sampling import Sampling
 from fire_data.schedule import Slot, round_slots, trajectory_id
 from fire_data.schemas.errors import DataError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
@@ -21,7 +20,7 @@ from fire_data.schemas.tables import FORMAT, IDS, conform
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
-from fire_data.steps.engines import lanes, make_generator
+from fire_data.steps.engines import lanes, make_generator, require_same_servers, sampling
 
 
 def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
@@ -44,6 +43,7 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
             "prompts": cfg.prompts.path,
             "student": run.student(round).model,
             "skipped_prompts": wanted - len(rows),
+            "reads": contract.attest(session),
             **session.performance("rollout"),
         },
     )
@@ -59,6 +59,7 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
 
     def before(_: list[Shard]) -> None:
         generator()
+        require_same_servers(session, kept)
 
     def make(shard: Shard) -> pa.Table:
         samples = [
@@ -68,7 +69,7 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
         ]
         names = [trajectory_id(cfg.seed, round, rows[i]["prompt_id"], sample) for i, sample in samples]
         requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
-        answers = kept.completed(shard.name, "student", requests, lambda r: generator().generate(r, _sampling(session)))
+        answers = kept.completed(shard.name, "student", requests, lambda r: generator().generate(r, sampling(session)))
         texts = session.tokenizer.batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
         columns: dict[str, Any] = {
             "round": [round] * len(samples),
@@ -116,19 +117,12 @@ def _check_routes(session: Session, prompts: pa.Table) -> None:
 def _warn_of_truncation(session: Session) -> None:
     """Say that what is sampled is not the distribution that the loss is about."""
     cfg = session.run.config
-    changed = {"temperature": (cfg.rollout.temperature, 1.0), "top_p": (cfg.rollout.top_p, 1.0)}
-    changed["top_k"] = (cfg.rollout.top_k, 0)
-    told = ", ".join(f"{name} {value:g}" for name, (value, plain) in changed.items() if value != plain)
+    told = contract.truncation(cfg.rollout.results())
     if told and cfg.weigh.rollout_is_cap is None:
         session.report.warn(
             f"sampling with {told} is not sampling from the student: distillation assumes its full distribution at "
             "temperature 1 (weigh.rollout_is_cap: 5 corrects for it, up to that factor)"
         )
-
-
-def _sampling(session: Session) -> Sampling:
-    cfg = session.run.config.rollout
-    return Sampling(session.run.config.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens)
 
 
 def prompt_ids(session: Session, row: dict[str, Any]) -> list[int]:

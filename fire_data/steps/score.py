@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
+from fire_data import contract
 from fire_data.diagnose.checks import DRIFT_WARNING
 from fire_data.kept import Kept
 from fire_data.overview import start_over
@@ -22,7 +23,7 @@ from fire_data.session import Session, called
 from fire_data.shards import Part, read_shard, sealed
 from fire_data.stages import Stage, run_stage
 from fire_data.steps import columns
-from fire_data.steps.engines import entropy_kinds
+from fire_data.steps.engines import open_servers, require_same_servers
 from fire_data.steps.inputs import routed, score_fields
 from fire_data.steps.passes import Sweep, plan_passes
 
@@ -44,7 +45,7 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
     receipts = {r.shard: r for r in source.shards}
     names = routed(run, source)
     stage = Stage(
-        run.part("scores", round), score_fields(session, round, source), source.plan, _recorded(session, names)
+        run.part("scores", round), score_fields(session, round, source), source.plan, _recorded(session, source, names)
     )
     asked = tuple(dict.fromkeys(add))
     addons = [columns.prepare(session, round, name) for name in dict.fromkeys((*cfg.score.add, *asked))]
@@ -64,7 +65,8 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
     sweep = Sweep(session, source_part, receipts, kept, plan_passes(session, round, names), wanted)
 
     def before(missing: list[Shard]) -> None:
-        stage.recorded["entropy_kind"] = entropy_kinds(session, round, names)
+        open_servers(session, round, names)
+        require_same_servers(session, kept)
         sweep.before(missing)
 
     def make(shard: Shard) -> pa.Table:
@@ -81,7 +83,9 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
         return conform(summarise(rollouts), "scores", f"{stage.part.label}, shard {shard.name}")
 
     def finish(done: list[Receipt]) -> dict[str, Any]:
-        return _stats(session, source, stage.part, done)
+        rows = pl.concat([_numbers(stage.part, receipt) for receipt in done])
+        stage.recorded["entropy_kind"] = _entropy_kinds(session, rows, names)
+        return _stats(session, source, rows)
 
     manifest = run_stage(stage, make, finish, session.report, lanes=sweep.lanes, before=before)
     kept.clear()
@@ -90,7 +94,7 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
     return manifest
 
 
-def _recorded(session: Session, names: list[str]) -> dict[str, Any]:
+def _recorded(session: Session, source: Manifest, names: list[str]) -> dict[str, Any]:
     run = session.run
     for name in names:
         teacher = run.teacher(name)
@@ -106,18 +110,32 @@ def _recorded(session: Session, names: list[str]) -> dict[str, Any]:
         **session.performance("score"),
         "teachers": {name: run.teacher(name).model for name in names},
         "tokenizers": {name: session.comparison(name).record() for name in names},
+        "reads": contract.attest(session, run.teachers),
+        "sampling": contract.sampling_of(source),
     }
 
 
-def _stats(session: Session, source: Manifest, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
+def _entropy_kinds(session: Session, rows: pl.DataFrame, names: list[str]) -> dict[str, str]:
+    """Whether a model's entropies are exact, by model: a bound says from how much probability it was computed."""
+    if session.run.config.score.engine == "fake":
+        return dict.fromkeys(("student", *names), "fake")
+    routes = pl.Series([session.run.route(value) for value in rows["teacher"].to_list()], dtype=pl.String)
+    kinds = {}
+    for name in ("student", *names):
+        column = f"{'student' if name == 'student' else 'teacher'}_entropy_mass_least"
+        mine = rows if name == "student" else rows.filter(routes == name)
+        least = mine[column].min() if column in rows.columns else None
+        kinds[name] = "exact" if least is None or least == 1.0 else "topk-lower-bound"
+    return kinds
+
+
+def _stats(session: Session, source: Manifest, rows: pl.DataFrame) -> dict[str, Any]:
     """Means over all response tokens in nats, from per-trajectory sums; the last token apart, where end roles show.
 
     `rollout_drift` compares the logprobs of sampling and of scoring, where both are under the same distribution.
     """
-    sampled = source.fields["rollout"]
-    comparable = (sampled["temperature"], sampled["top_p"], sampled["top_k"]) == (1.0, 1.0, 0)
-    rows = pl.concat([_numbers(part, receipt) for receipt in receipts])
-    tokens = sum(receipt.tokens for receipt in receipts)
+    comparable = not contract.truncation(contract.sampling_of(source))
+    tokens = int(rows["length"].sum())
     stats: dict[str, Any] = {"tokens": tokens}
     for name in _MEANS:
         have = f"{name}_sum" in rows.columns
@@ -128,13 +146,31 @@ def _stats(session: Session, source: Manifest, part: Part, receipts: list[Receip
     stats["last_token_advantage"] = math.fsum(last) / len(last) if len(last) else None
     drift = math.fsum(rows["drift"]) / tokens if comparable and tokens else None
     stats |= {"rollout_drift": drift, "rollout_drift_max": rows["drift_max"].max() if comparable else None}
-    if session.run.config.teachers:
+    cfg = session.run.config
+    if cfg.teachers or cfg.score.teacher_prompt == "own":
         stats["teachers"] = _by_teacher(session, rows)
-    if not comparable:
-        session.report.note("rollout_logprob is not under the temperature-1 distribution: no drift check")
-    elif drift is not None and drift > DRIFT_WARNING and session.run.config.score.engine != "fake":
-        session.report.warn(f"rollout and rescored logprobs differ by {drift:.3f} nats on average")
+    _tell_drift(session, source, drift, stats["rollout_drift_max"])
     return stats
+
+
+def _tell_drift(session: Session, source: Manifest, drift: float | None, most: float | None) -> None:
+    """Say how far the logprobs of sampling and of scoring are apart, in nats, or why that is not known."""
+    told, report = contract.truncation(contract.sampling_of(source)), session.report
+    if told:
+        report.note(
+            f"sampled with {told}: rollout_logprob is under another distribution than student_logprob, so there is no "
+            "drift check (--set weigh.rollout_is_cap=5 weighs by the ratio of both)"
+        )
+        return
+    if drift is None or most is None or session.run.config.score.engine == "fake":
+        return
+    text = f"rollout and rescored logprobs differ by {drift:.2g} nats on average, {most:.2g} at most"
+    if drift > DRIFT_WARNING:
+        report.warn(
+            f"{text}: sample and score in the same dtype and engine, or correct for it: --set weigh.rollout_is_cap=5"
+        )
+    else:
+        report.note(text)
 
 
 def _by_teacher(session: Session, rows: pl.DataFrame) -> dict[str, Any]:
@@ -169,6 +205,7 @@ def _numbers(part: Part, receipt: Receipt) -> pl.DataFrame:
         "teacher",
         "length",
         *(pl.col(n).cast(pl.List(pl.Float64)).list.sum() for n in masses),
+        *(pl.col(n).list.min().alias(f"{n}_least") for n in masses),
         offset=pl.col("teacher_prompt_ids").list.len().cast(pl.Int64) - pl.col("prompt_ids").list.len(),
         drift=off.list.sum(),
         drift_max=off.list.max(),

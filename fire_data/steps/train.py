@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fire_data import files, metrics
+from fire_data import contract, files, metrics
 from fire_data.overview import start_over, train_anew
 from fire_data.run import Run
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
@@ -36,6 +36,7 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
     topk = _topk(run, round, scores[1], weights)
     recorded = {"weights": cfg.weights or weights[0].name, **session.performance("train")}
     stage = Stage(part, _fields(session, round, scores[1], weights[1], topk), (), recorded)
+    contract.enforce_live(session, round, _read_addons(run, round, weights[1], topk))
     files.remove_leftovers(part.tmp)
     if redo:
         start_over(run, "checkpoints", round, session.report)
@@ -88,6 +89,13 @@ def _topk(run: Run, round: int, scores: Manifest, weights: Sealed) -> Sealed | N
         text = f"{part.label} was made with other models than the scores: " + "; ".join(changed)
         raise FingerprintError(text, where=str(part.folder), fix=f"{part.command} --redo")
     return part, topk
+
+
+def _read_addons(run: Run, round: int, weights: Manifest, topk: Sealed | None) -> list[Sealed]:
+    """The sealed addons that the coefficients, or the forward-KL term, are made of."""
+    names = dict.fromkeys([*(weights.fields.get("addons") or {}), *([str(topk[0].name)] if topk else [])])
+    parts = [run.part("addons", round, name) for name in names]
+    return [(p, made) for p in parts if (made := read_manifest(p)) is not None and made.sealed]
 
 
 def _expected(run: Run, round: int, scores: Manifest) -> dict[str, Any]:

@@ -11,16 +11,18 @@ from typing import Any, Literal
 import polars as pl
 import pyarrow as pa
 
-from fire_data import weighing
+from fire_data import contract, weighing
 from fire_data.overview import start_over
 from fire_data.prepare import Decided, Weighing, check_values, prepare, require_columns
-from fire_data.rules import Rule, own
+from fire_data.rules import every, own
 from fire_data.run import Run
+from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, addon_of, conform
 from fire_data.shards import Part, is_sealed, read_shard, sealed, verify_shard
 from fire_data.stages import Reporter, Silent, Stage, run_stage
 from fire_data.summary import merge_summaries, summarise
+from fire_data.teachers import Bounds, Teachers, require_exact, stored_bounds
 
 
 def configured(run: Run) -> Weighing:
@@ -35,6 +37,8 @@ def configured(run: Run) -> Weighing:
         cfg.end_token,
         cfg.rollout_is_cap,
         run.config.rollout.n,
+        Teachers(cfg.teacher, tuple(name.removeprefix(ADDED_TEACHER) for name in run.combined)),
+        cfg.entropy,
     )
 
 
@@ -48,7 +52,9 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
     source = sealed(run.part("scores", round))
     work = ScoredRound(run, round, rule)
     fields = weights_fields(rule, source, work.addons)
-    stage = Stage(run.part("weights", round, run.config.weights_name), fields, source.plan)
+    recorded = contract.enforce(run, round, work.addons, report)
+    recorded |= {"entropy": {c: b.record() for c, b in work.bounds.items()}} if work.bounds else {}
+    stage = Stage(run.part("weights", round, run.config.weights_name), fields, source.plan, recorded)
 
     def make(shard: Shard) -> pa.Table:
         table = work.weighted(shard.name).to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -67,6 +73,9 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
 
     manifest = run_stage(stage, make, finish, report)
     name, stats = run.config.weights_name, manifest.stats
+    if work.bounds:
+        told = "; ".join(f"{column} is {bound}" for column, bound in work.bounds.items())
+        report.warn(f"{name} rests on entropies that are not exact: {told}")
     if stats["n_dropped"] == 0 and drops(rule):
         report.warn(f"the filter of {name} dropped nothing: it is inert at this scope and these data")
     if empty := stats["skipped_steps"]:
@@ -95,10 +104,11 @@ class ScoredRound:
         self.source = sealed(self.part)
         self.receipts = self.source.shards
         self.addons = addon_tables(run, round, rule)
+        self._files = {} if verified is None else verified
         self.last: Decided | None = None
         self._fitted: weighing.Fitted | None = None
-        self._files = {} if verified is None else verified
         self._prepared: dict[range, pl.LazyFrame] = {}
+        self.bounds = require_exact(rule.rule, rule.teachers, rule.entropy, self._stored_bounds(), self.part.label)
 
     def __len__(self) -> int:
         return len(self.receipts)
@@ -131,6 +141,13 @@ class ScoredRound:
         touched = [i for i in range(len(self)) if starts[i] < high and starts[i + 1] > low]
         return range(touched[0], touched[-1] + 1)
 
+    def _stored_bounds(self) -> Bounds:
+        """The entropies of the scores, and of added teachers, that are not exact."""
+        added = {_teacher_of(p): (p, m) for p, m in self.addons if _teacher_of(p)}
+        shards = [self._verified(p, m.shards[0]) for p, m in added.values() if m.shards]
+        columns = {c for shard in shards for c in pl.read_parquet_schema(shard)}
+        return stored_bounds(self.source, {name: m for name, (_, m) in added.items()}, columns)
+
     def _scan(self, shards: range) -> pl.LazyFrame:
         if shards not in self._prepared:
             scores = pl.scan_parquet([self._verified(self.part, self.receipts[i]) for i in shards], glob=False)
@@ -150,7 +167,8 @@ class ScoredRound:
 
 
 def addon_tables(run: Run, round: int, rule: Weighing) -> list[tuple[Part, Manifest]]:
-    """The sealed addons whose columns a rule reads. One that is not there is a missing column, told elsewhere."""
+    """The sealed addons whose columns a rule, or a combination of teachers, reads. One that is not there is a missing
+    column, told elsewhere."""
     return [run.addon(round, n) for n in addon_names(rule) if is_sealed(run.part("addons", round, n))]
 
 
@@ -159,16 +177,17 @@ def addon_names(rule: Weighing) -> list[str]:
     return list(dict.fromkeys(a for c in rule.columns if (a := addon_of(c)) is not None))
 
 
-def _all_rules(rule: Rule) -> list[Rule]:
-    """A rule with its components and what it is matched to."""
-    inside = [r for c in rule.components if c is not rule for r in _all_rules(c)]
-    return [rule, *inside, *(_all_rules(rule.matched) if rule.matched else [])]
+def _teacher_of(part: Part) -> str:
+    """The teacher whose columns an addon holds; empty for other addons."""
+    name = str(part.name)
+    return name.removeprefix(ADDED_TEACHER) if name.startswith(ADDED_TEACHER) else ""
 
 
 def weights_fields(rule: Weighing, source: Manifest, addons: list[tuple[Part, Manifest]]) -> dict[str, Any]:
-    """What the weights of a round depend on: the rule with its policies, the scores, and the addons it reads."""
+    """What the weights of a round depend on: the rule with its policies, the scores, the addons it reads, and which
+    teachers count, where that is not each row's own."""
     made_of = {"addons": {str(p.name): m.digest for p, m in addons}} if addons else {}
-    code = {r.name: s for r in _all_rules(rule.rule) if (s := own.source_of(r)) is not None}
+    code = {r.name: s for r in every(rule.rule) if (s := own.source_of(r)) is not None}
     return {
         "format": FORMAT,
         "rule": rule.rule.record(),
@@ -182,6 +201,7 @@ def weights_fields(rule: Weighing, source: Manifest, addons: list[tuple[Part, Ma
         "scores": source.digest,
         **({"fkl_renormalise": rule.rule.fkl_renormalises} if "forward KL" in rule.rule.changes else {}),
         **made_of,
+        **({} if rule.teachers.routed else {"teacher": rule.teachers.record()}),
         **({"code": code} if code else {}),
     }
 

@@ -54,6 +54,8 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
 
+    from fire_data.vllm_engine import seed_of
+
     logging.disable_progress_bar()
     torch.manual_seed(0)
     heads = max(1, options.hidden // 64)
@@ -69,7 +71,9 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
     prompts = [rng.integers(0, options.vocabulary, n).tolist() for n in lengths]
     new = np.minimum(rng.geometric(4 / options.new, options.requests), options.new)
     responses = [rng.integers(0, options.vocabulary, n).tolist() for n in new]
-    (folder / LISTS).write_text(json.dumps({"stops": stops, "prompts": prompts, "responses": responses}))
+    seeds = [seed_of(0, f"{i}") for i in range(options.requests)]
+    lists = {"stops": stops, "seeds": seeds, "prompts": prompts, "responses": responses}
+    (folder / LISTS).write_text(json.dumps(lists))
 
 
 def fire(group: str, folder: Path, options: argparse.Namespace, keep: Any) -> measure.Work:
@@ -132,8 +136,6 @@ def relay(group: str, folder: Path, _options: argparse.Namespace, keep: Any) -> 
 
 def bare(group: str, folder: Path, options: argparse.Namespace) -> measure.Work:
     """What anyone would write with vLLM alone, given token ids and a seed per request."""
-    import hashlib
-
     import torch
 
     sys.path.remove(str(HERE.parent))  # where this file is called vllm
@@ -153,13 +155,10 @@ def bare(group: str, folder: Path, options: argparse.Namespace) -> measure.Work:
     )  # fmt: skip
     flat: dict[str, Any] = {"flat_logprobs": True, "detokenize": False, "ignore_eos": True}
 
-    def seed(name: str) -> int:
-        return int.from_bytes(hashlib.blake2b(f"0\0{name}".encode(), digest_size=8).digest(), "little") >> 1
-
     def generate() -> measure.Done:
         params = [
-            SamplingParams(seed=seed(f"{i}"), max_tokens=options.new, logprobs=0, stop_token_ids=lists["stops"], **flat)
-            for i in range(options.requests)
+            SamplingParams(seed=seed, max_tokens=options.new, logprobs=0, stop_token_ids=lists["stops"], **flat)
+            for seed in lists["seeds"]
         ]
         prompts = [{"prompt_token_ids": ids} for ids in lists["prompts"]]
         answers = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]

@@ -20,7 +20,8 @@ SCRIPTS = sorted(path.stem for path in BENCH.glob("*.py") if path.stem != "measu
 def _smoke(script: str) -> dict[str, Any]:
     if script != "cli":
         pytest.importorskip("transformers")
-    if script == "vllm" and not Path(os.environ.get("FIRE_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python")).exists():
+    python = Path(os.environ.get("FIRE_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
+    if script.startswith("vllm") and not python.exists():
         pytest.skip("needs an environment with vLLM: make vllm")
     command = [sys.executable, str(BENCH / f"{script}.py"), "--smoke"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -30,7 +31,7 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    assert SCRIPTS == ["cli", "rollout", "rules", "score", "train", "vllm", "weigh"]
+    assert SCRIPTS == ["cli", "rollout", "rules", "score", "train", "vllm", "vllm_stages", "weigh"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

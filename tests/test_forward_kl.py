@@ -558,7 +558,8 @@ def test_another_top_k_under_a_trained_checkpoint_is_refused(scored: Run) -> Non
 
 def test_the_top_k_of_another_teacher_is_refused(scored: Run) -> None:
     make_weights(scored, True, column=True)
-    make_topk(scored, {"teacher": {"weights": "others", "dtype": "float32"}})
+    mine = sealed(scored.part("scores", 0)).fields["teachers"]["teacher"]
+    make_topk(scored, {"teachers": {"teacher": {**mine, "weights": "others"}}})
     with pytest.raises(FingerprintError, match=r"teacher\.weights: .* -> \"others\"") as caught:
         train(Session(scored), 0)
     assert caught.value.fix == f"fire score {scored.root} --round 0 --add topk --redo"

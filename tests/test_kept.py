@@ -138,9 +138,12 @@ def test_an_engine_that_dies_is_asked_only_for_the_rows_that_it_did_not_finish(t
     made = kept.completed("00000", "math", rows, engine, keep=keep)
     assert [*asked, *engine.asked] == ["gcabfed", "abfed", "abfed", "ed", "d"]
     assert same(made, whole("gcabfed"))
+    (path,) = kept.folder.iterdir()
+    written = path.stat().st_mtime_ns
     again = Engine()
     assert same(kept.completed("00000", "math", rows, again, keep=keep), whole("gcabfed"))
     assert again.asked == ([] if keep else ["d"])
+    assert path.stat().st_mtime_ns == written, "what is whole is not written again"
 
 
 def test_every_point_at_which_an_engine_dies_leaves_the_same_table(tmp_path: Path) -> None:

@@ -529,6 +529,7 @@ def farm(monkeypatch: pytest.MonkeyPatch) -> Farm:
         return self._engines[who][1]
 
     monkeypatch.setattr(Session, "server", server)
+    monkeypatch.setattr(Session, "process", server)
     return made
 
 
@@ -556,13 +557,18 @@ def test_added_teachers_make_room_for_each_other(
     assert found == [("math", set()), ("code", set())]
 
 
+@pytest.mark.parametrize(
+    ("settings", "method", "names"),
+    [(BOTH, "server", ["math", "code"]), (("score.engine=vllm",), "process", ["student", "math", "code"])],
+    ids=["servers", "processes"],
+)
 def test_an_engine_is_made_once_whichever_thread_needs_it_first(
-    tmp_path: Path, rolled_once: Path, farm: Farm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two shards are made at a time where a server is asked, and both need it at once."""
-    run = copied(rolled_once, tmp_path / "run", *BOTH)
-    score(Session(run), 0)
-    real, inside, most = Session.server, [0], [0]
+    tmp_path: Path, rolled_once: Path, farm: Farm, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...],
+    method: str, names: list[str],
+) -> None:  # fmt: skip
+    """Two shards are made at a time where another process answers, and both need its engine at once."""
+    run = copied(rolled_once, tmp_path / "run", *settings)
+    real, inside, most = getattr(Session, method), [0], [0]
 
     def slow(self: Session, *arguments: Any) -> Any:
         inside[0] += 1
@@ -573,10 +579,12 @@ def test_an_engine_is_made_once_whichever_thread_needs_it_first(
         finally:
             inside[0] -= 1
 
-    monkeypatch.setattr(Session, "server", slow)
+    monkeypatch.setattr(Session, method, slow)
+    score(Session(run), 0)
+    assert farm.opened == names
     farm.opened.clear()
-    score(Session(run), 0, add=["teacher.math", "teacher.code"])
-    assert farm.opened == ["math", "code"]
+    score(Session(run), 0, add=["teacher.math", "teacher.code", *(["base"] if method == "process" else [])])
+    assert farm.opened == ["math", "code", *(["base"] if method == "process" else [])]
     assert most == [1]
 
 
@@ -957,6 +965,23 @@ def test_scores_of_models_apart_lack_what_needs_both_and_equal_the_joint_ones_el
         k: v for k, v in means.items() if "kl" not in k
     }
     assert (manifest.stats["reverse_kl"], manifest.stats["forward_kl"]) == (None, None)
+
+
+def test_a_teacher_elsewhere_reads_each_row_behind_its_own_prompt(
+    tmp_path: Path, places: Path, make_run: MakeRun, farm: Farm
+) -> None:
+    values = on_two(places, score={"teacher_prompt": "own"})
+    values["teachers"]["math"] |= {"chat_template": str(places / "template.jinja"), "system": "then hence"}
+    joint = make_run(tmp_path / "joint", **values)
+    rollout(Session(joint), 0)
+    apart = copied(joint.root, tmp_path / "apart", *BOTH)
+    score(Session(joint), 0)
+    score(Session(apart), 0)
+    one, other = table_of(joint), table_of(apart)
+    assert one["teacher_prompt_ids"].null_count == ROWS // 2
+    assert one["teacher_prompt_ids"].equals(other["teacher_prompt_ids"])
+    for column in ("student_logprob", "teacher_logprob", "teacher_entropy"):
+        np.testing.assert_allclose(flat(one[column]), flat(other[column]), rtol=1e-4, atol=1e-5)
 
 
 def test_models_of_unequal_dtypes_apart_equal_the_joint_scores_within_rounding(

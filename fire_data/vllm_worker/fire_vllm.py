@@ -233,7 +233,7 @@ def start(header: dict[str, Any], allowed_V: Any) -> tuple[Any, dict[str, Any]]:
         "max_model_len": llm.llm_engine.model_config.max_model_len,
         "rows": rows,
         "forbidden": len(forbidden),
-        "exact": all(llm.collective_rpc("fire_exact")),
+        "exact": any(llm.collective_rpc("fire_exact")),
     }
     llm.reset_prefix_cache()
     return llm.llm_engine, facts

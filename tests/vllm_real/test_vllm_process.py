@@ -64,19 +64,24 @@ def test_two_engines_agree_and_closing_one_leaves_the_other(
 def test_a_killed_engine_is_told_and_its_finished_rows_are_kept(
     engine: VllmEngine, start: Callable[..., VllmEngine], models: dict[str, Path]
 ) -> None:
+    long = Sampling(seed=3, max_new_tokens=36)
     many = requests(400)
+    whole = answered(many, engine.generate(many, long))
+    lengths = [len(ids) for ids in whole["response_ids"].to_pylist()]
+    order = sorted(range(400), key=lambda i: lengths[i])
+    whole = whole.take([order[-1], *order[:-1]])  # the first row is not the first to be finished
     doomed = start(models["a"], settings={"max_num_seqs": 2})
     with pytest.raises(PartialError, match="exit code -9") as caught:
-        doomed.generate(many, SAMPLING, lambda _finished: os.kill(doomed.pid, signal.SIGKILL))
+        doomed.generate(whole, long, lambda _finished: os.kill(doomed.pid, signal.SIGKILL))
     assert caught.value.where is not None
     assert Path(caught.value.where).exists(), "the log"
     done = caught.value.done
     assert 0 < done.num_rows < many.num_rows
-    kept = many.take([many["trajectory_id"].to_pylist().index(name) for name in done["trajectory_id"].to_pylist()])
-    whole = engine.generate(kept, SAMPLING)
-    assert done["response_ids"].to_pylist() == whole["response_ids"].to_pylist()
+    expected = dict(zip(whole["trajectory_id"].to_pylist(), whole["response_ids"].to_pylist(), strict=True))
+    for name, ids in zip(done["trajectory_id"].to_pylist(), done["response_ids"].to_pylist(), strict=True):
+        assert ids == expected[name]
     with pytest.raises(EngineError, match="exit code -9"):
-        doomed.evaluate(answered(kept, whole))
+        doomed.evaluate(whole)
 
 
 def test_an_engine_ends_with_the_process_that_started_it(

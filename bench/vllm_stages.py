@@ -3,7 +3,7 @@
 The stages do all they do for a user: prompts from a file, tokenizing, shards written, synced and sealed, summaries; the
 bare case does nothing but generate. Both start with living engines. `rollout`: 4 samples of every prompt. `score`: the
 same rows under student and teacher, here the same weights, each in a process of its own and one after the other; the
-bare case asks one engine for them twice. The rows are those of a rollout by the fake engine. Response tokens per second.
+bare case asks one engine for them twice. The rows are those of a rollout by the fake engine. Tokens of responses.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def make_run(root: Path, options: argparse.Namespace) -> Any:
     (root / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     model = {"model": str(root / "model"), "dtype": options.dtype}
     values = {
-        "threads": options.threads, "student": model, "teacher": model, "prompts": {"path": str(root / "prompts.jsonl")},
+        "threads": options.threads, "student": model, "teacher": model,
+        "prompts": {"path": str(root / "prompts.jsonl")},
         "rollout": {"engine": "fake", "n": SAMPLES, "raw": True, "prompts_per_shard": options.shard,
                     "max_prompt_tokens": options.prompt, "max_new_tokens": options.new},
         "vllm": {"python": str(ENGINE.PYTHON), "max_num_seqs": options.seqs},
@@ -141,7 +142,8 @@ def bare(group: str, options: argparse.Namespace) -> measure.Work:
     work: measure.Work = ENGINE.bare("generate" if group == "rollout" else "score", folder, options)
 
     def twice() -> measure.Done:
-        done = [work() for _ in range(2)][0]
+        work()
+        done = work()
         return measure.Done(done.tokens, {"logprob": done.witness["logprob"]})
 
     return work if group == "rollout" else twice

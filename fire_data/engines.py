@@ -66,12 +66,13 @@ def tail_bound(listed: Any, smallest: Any) -> tuple[Any, Any]:
     Args:
         listed: logprobs of the listed tokens, [..., K]: the top-k, and the sampled token where it is not one of them;
             -inf where there is none.
-        smallest: logprob of the least likely of the top-k, [...].
+        smallest: logprob of the least likely of the top-k, [...]; -inf where fewer than k tokens have any probability.
     """
     p = np.exp(listed)
     mass = np.minimum(p.sum(-1), 1.0)
     inside = -(p * np.where(p > 0, listed, 0.0)).sum(-1)
-    return np.maximum(inside - (1.0 - mass) * smallest, 0.0), mass
+    rest = np.where(np.isneginf(smallest), 0.0, smallest)  # then what the list lacks is rounding
+    return np.maximum(inside - (1.0 - mass) * rest, 0.0), mass
 
 
 class FakeGenerator:

@@ -17,7 +17,7 @@ from fire_data.rules.base import GROUP, KEY, ROW, STEP, sources, trajectory_keys
 from fire_data.rules.evaluate import check
 from fire_data.schemas.config import Denominator
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
-from fire_data.schemas.tables import FLOAT_SIGNALS, SCORES, WEIGHTS, addon_of
+from fire_data.schemas.tables import FLOAT_SIGNALS, JOINT, SCORES, WEIGHTS, addon_of
 from fire_data.teachers import MADE, ROUTED, Teachers, combine, require_common, require_exact, require_stored
 
 OUTPUT = [c.name for c in WEIGHTS if c.name != "trajectory_id"]
@@ -192,6 +192,9 @@ def _missing(name: str, have: list[str], run: str) -> tuple[str, str] | None:
         return None
     near = difflib.get_close_matches(base, have, n=1)
     text = f"{base!r}, which is not there" + (f"; the nearest is {near[0]!r}" if near else "")
+    if base in JOINT and {"student_logprob", "teacher_logprob"} <= {*have}:
+        text += ": the models were evaluated apart, and it needs the logits of both"
+        return text, f"fire score {run} --redo --set score.engine=transformers, and no url for any teacher"
     return text, f"fire score {run}"
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import pyarrow as pa
 
 from fire_data import files
+from fire_data.kept import Kept
 from fire_data.schemas.errors import DataError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, differences, digest
 from fire_data.shards import Part, adopt, intact, read_manifest, read_receipt, require_current, write_shard
@@ -289,6 +290,7 @@ def _holds(part: Part, shard: Shard, manifest: Manifest) -> Receipt | None:
 
 
 def set_stage_aside(part: Part) -> None:
-    """Move a stage's manifest, receipts and shards to the orphans, the manifest first: half-removed is not sealed."""
+    """Move a stage's manifest, receipts, shards and kept rows to the orphans, the manifest first: half-removed is not
+    sealed."""
     with files.locked(part.lock):
-        files.set_aside([part.manifest_path, part.receipts, part.folder], part.orphans)
+        files.set_aside([part.manifest_path, part.receipts, part.folder, Kept(part, "").folder], part.orphans)

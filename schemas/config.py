@@ -312,8 +312,8 @@ class Config(Section):
         known = {TEACHER: self.teacher} if self.teacher else {}
         known |= self.teachers
         for name in self.score.add:
-            if name not in ADDED and name.removeprefix(ADDED_TEACHER) not in known:
-                there = (*ADDED, *(f"{ADDED_TEACHER}{n}" for n in known))
+            there = (*ADDED, *(f"{ADDED_TEACHER}{n}" for n in known))
+            if name not in there:
                 raise ValueError(f"score.add: there are no further columns {name!r}; there are: {', '.join(there)}")
         if self.weigh.teacher not in ("routed", "average", "confident", "token", *known):
             kinds = ", ".join(("routed", "average", "confident", "token", *known))
@@ -506,7 +506,8 @@ def render_config(values: dict[str, Any]) -> str:
         elif _is_mapping(field.annotation):
             lines += ["", f"# {about}", f"{name}:" if given else f"{name}: {{}}"]
             for key, inner in (given or {}).items():
-                lines += [f"  {key}:", *_rendered(section, inner, "    ")]
+                quoted = yaml.safe_dump(key, width=10**9).splitlines()[0]  # `no` would be read as false
+                lines += [f"  {quoted}:", *_rendered(section, inner, "    ")]
         elif given is None and section is not field.annotation:
             none = f"{about};" if field.description else f"{about} null: none;"
             lines += ["", f"# {none} else keys as for the others.", f"{name}: null"]

@@ -373,6 +373,36 @@ def fingerprint_of(run: Run) -> str:
     return manifest.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("method", "before", "make", "redo"),
+    [
+        (METHODS[0], [], make_rollouts, lambda run: rollout(Session(run), 0, redo=True)),
+        (METHODS[1], [make_rollouts], make_scores, lambda run: score(Session(run), 0, redo=True)),
+        (
+            METHODS[2],
+            [make_rollouts, make_scores],
+            make_base,
+            lambda run: score(Session(run), 0, add=["base"], redo=True),
+        ),
+    ],
+    ids=["rollouts", "scores", "base"],
+)
+def test_redo_asks_for_everything_whatever_was_kept(
+    tmp_path: Path, make_fake_run: MakeRun, dying: Callable[..., Dying], method: tuple[type, str],
+    before: list[Callable[[Run], None]], make: Callable[[Run], None], redo: Callable[[Run], object],
+) -> None:  # fmt: skip
+    """What was kept may be what is wrong: another model behind the same address."""
+    run = make_fake_run(tmp_path / "run")
+    for step in before:
+        step(run)
+    dying(*method, 5)
+    with pytest.raises(PartialError):
+        make(run)
+    counted = dying(*method)
+    redo(run)
+    assert len(counted.names) == 12
+
+
 # --- a bound where only some tokens are listed ---------------------------------------------------------------------
 
 
@@ -440,3 +470,11 @@ def test_bounds_of_many_positions_are_those_of_each() -> None:
     for i in range(2):
         for j in range(3):
             assert (bounds[i, j], masses[i, j]) == tail_bound(listed[i, j], listed[i, j, 3])
+
+
+def test_tokens_without_any_probability_among_the_listed_make_the_bound_the_entropy() -> None:
+    listed = np.array([np.log(0.7), np.log(0.3), -np.inf, -np.inf])
+    bound, mass = tail_bound(listed, -np.inf)
+    assert (bound, mass) == (pytest.approx(exact_entropy(np.log([0.7, 0.3]))), pytest.approx(1.0))
+    bound, _ = tail_bound(listed - 1e-7, -np.inf)
+    assert bound == pytest.approx(exact_entropy(np.log([0.7, 0.3])), abs=1e-5)

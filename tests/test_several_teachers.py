@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import fire_data as fd
 from fire_data import models, scoring, stages, verify
 from fire_data.create import fork_run, init_run, missing_paths
+from fire_data.diagnose import diagnose, measure
 from fire_data.engines import FakeScorer, tail_bound
 from fire_data.overview import check, status
 from fire_data.run import Run, open_run
@@ -36,12 +37,13 @@ from fire_data.schemas.errors import (
     IncompleteError,
     PartialError,
 )
-from fire_data.schemas.tables import FLOATS, IDS, JOINT
+from fire_data.schemas.tables import FLOATS, IDS, JOINT, TABLES
 from fire_data.scoring import TransformersEvaluator, TransformersScorer
 from fire_data.session import Session
 from fire_data.shards import sealed
 from fire_data.stages import Silent
 from fire_data.steps.columns import add_columns
+from fire_data.steps.diagnose import diagnose_round
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train
@@ -286,6 +288,15 @@ def test_what_cannot_be_the_name_of_a_teacher_is_refused_by_name(name: str) -> N
     assert "teachers" in caught.value.what
 
 
+@pytest.mark.parametrize("name", ["no", "on", "1", "007", "1e5", "null", "True", "2024-01-01", "0x1", "math"])
+def test_a_name_that_yaml_would_read_otherwise_is_written_as_text(tmp_path: Path, name: str) -> None:
+    values = {"student": {"model": "s"}, "teachers": {name: {"model": "t"}}}
+    run = init_run(tmp_path / "run", values)
+    assert list(open_run(run.root).config.teachers) == [name]
+    assert list(fork_run(run, tmp_path / "fork", {}).config.teachers) == [name]
+    assert list(open_run(run.root, (f"teachers.{name}.model=u",)).config.teachers) == [name]
+
+
 def test_a_configuration_with_teachers_reads_back_equal_and_every_field_of_theirs_is_there() -> None:
     values = {
         "student": {"model": "s"},
@@ -304,7 +315,7 @@ def test_a_configuration_with_teachers_reads_back_equal_and_every_field_of_their
         assert len(re.findall(rf"^    {key}:.*#", text, re.MULTILINE)) == 2, key
 
 
-@pytest.mark.parametrize("added", ["teacher.phys", "teacher.", "teacher", "topk.math"])
+@pytest.mark.parametrize("added", ["teacher.phys", "teacher.", "teacher", "math", "topk.math"])
 def test_columns_of_a_teacher_that_is_not_there_are_refused_by_the_configuration(added: str) -> None:
     values = {"student": {"model": "s"}, "teachers": {"math": {"model": "t"}}, "score": {"add": [added]}}
     with pytest.raises(ConfigError, match=r"teacher\.math") as caught:
@@ -897,8 +908,9 @@ def test_added_teachers_are_joined_to_scores_and_weights_and_exploded(fake: Run,
         tokens = fd.explode(frame).collect()
         rows = frame.collect()
         assert tokens.height == int(rows["length"].sum())
-        assert tokens["teacher_logprob"].to_list() == rows["teacher_logprob"].explode().to_list()
-        assert rows["teacher_logprob.math"].list.len().to_list() == rows["length"].to_list()
+        for column in ("teacher_logprob.math", "teacher_entropy.math"):
+            assert tokens[column].to_list() == rows[column].explode().to_list()
+        assert "teacher_prompt_ids.math" not in tokens.columns
 
 
 def test_a_damaged_shard_of_an_added_teacher_is_found_and_made_again(fake: Run, fire: Fire, counted: Counted) -> None:
@@ -1116,13 +1128,67 @@ def test_commands_read_scores_that_lack_columns(tmp_path: Path, rolled_once: Pat
     score(Session(run), 0)
     assert [row["state"] for row in status(run)] == ["sealed", "sealed"]
     assert check(run) == []
-    for command in ("status", "check", "inspect", "weigh", "compare"):
+    for command in ("status", "check", "inspect", "weigh", "compare", "diagnose"):
         answer = fire(command, run.root)
         assert answer.code == 0, answer.err
     row = fire("inspect", run.root, "--json").json
     assert "teacher_rank" in row
     assert "reverse_kl" not in row
     assert fd.explode(run.weights()).collect().height == sealed(run.part("scores", 0)).stats["tokens"]
+    assert fire("diagnose", run.root, "--json").json["levels"]["problem"] == 0
+
+
+def test_a_rule_that_needs_both_models_together_says_what_gives_it(
+    tmp_path: Path, rolled_once: Path, fire: Fire, farm: Farm
+) -> None:
+    run = copied(rolled_once, tmp_path / "run", *BOTH)
+    score(Session(run), 0)
+    for rule, column in (("tip", "reverse_kl"), ("selectkd", "teacher_rank_of_student_top1")):
+        answer = fire("weigh", run.root, "--rule", rule)
+        assert answer.code == 2
+        assert f"'{column}', which is not there" in answer.err
+        assert "--redo --set score.engine=transformers" in answer.fix
+    words = answer.fix.partition(",")[0].split()[1:]
+    assert fire(*words).code == 0, "as it is without a url"
+    assert fire("weigh", run.root, "--rule", "tip").code == 0
+
+
+def test_findings_of_scores_without_ranks_and_divergences_are_those_of_all_columns_where_they_need_none(
+    tmp_path: Path, rolled_once: Path, scored: Run, farm: Farm
+) -> None:
+    farm.kinds = {"math": Listing, "code": Listing}
+    run = copied(rolled_once, tmp_path / "run", *BOTH)
+    score(Session(run), 0)
+    found = {f.name: f for f in diagnose_round(run, 0)}
+    whole = {f.name: f for f in diagnose_round(scored, 0)}
+    assert found.keys() == whole.keys()
+    for name in ("premise", "outliers", "low-low", "length", "repetition", "end-token", "rollout-drift"):
+        for fact in ("level", "measured", "numbers"):
+            assert getattr(found[name], fact) == getattr(whole[name], fact), name
+    assert found["teacher-fit"].numbers["teacher_rank_1_share"] is None
+    assert found["teacher-fit"].numbers["student_rank_1_share"] == whole["teacher-fit"].numbers["student_rank_1_share"]
+    assert "reverse_kl" not in found["teacher-decay"].numbers["slope"]
+    assert set(found["shift"].numbers["rank_and_top1_disagree_by_lag"]) == {"student"}
+    assert found["consistency"].level == "ok", found["consistency"].measured
+    assert found["consistency"].numbers["relations"] < whole["consistency"].numbers["relations"]
+
+
+def test_agreement_of_models_apart_is_not_known(tmp_path: Path, rolled_once: Path, scored: Run) -> None:
+    frame = scored.scores(0).collect()
+    longer = frame.with_columns(
+        pl.col(c).list.eval(pl.element().repeat_by(20).explode()) for c in frame.columns if token_column(c)
+    )
+    known, unknown = measure(longer), measure(longer.drop([*JOINT, "teacher_rank"]))
+    assert known.windows.height == unknown.windows.height > 0
+    assert unknown.totals.keys() < known.totals.keys()
+    assert {k: v for k, v in known.totals.items() if k in unknown.totals} == unknown.totals
+    finding = next(f for f in diagnose(unknown) if f.name == "agreement-trap")
+    assert finding.level == "unknown"
+    assert "there is no reverse_kl" in finding.measured
+
+
+def token_column(name: str) -> bool:
+    return any(c.name == name and c.per == "token" for c in TABLES["scores"])
 
 
 def test_a_table_without_ranks_can_be_looked_at(tmp_path: Path, rolled_once: Path, fire: Fire, farm: Farm) -> None:

@@ -98,7 +98,8 @@ def shift(measured: Measured, facts: Facts) -> Finding:
             "shift", "unknown", "no response has two tokens", {"tokens": 0}, why, "roll out longer responses"
         )
     at_lags = {pair: {lag: _correlation(totals, inner, lag, pair) for lag in LAGS} for pair in PAIRS}
-    differs = {who: {lag: totals[f"lag{lag}:{who}:differs"] / inner for lag in LAGS} for who in MODELS}
+    ranked = [who for who in MODELS if f"lag0:{who}:differs" in totals]
+    differs = {who: {lag: totals[f"lag{lag}:{who}:differs"] / inner for lag in LAGS} for who in ranked}
     found = _displaced(differs) + _fits_elsewhere(at_lags, max(SHIFT_MARGIN, SHIFT_ERRORS / math.sqrt(inner)))
     numbers: dict[str, Any] = {
         "tokens": inner,
@@ -165,15 +166,17 @@ def consistency(measured: Measured, facts: Facts) -> Finding:
     do = f"score anew: {facts.again('score')}"
     if not tokens:
         return finding("consistency", "unknown", _SHORT, {}, why, _ROLL)
-    broken = {name: int(totals[name]) for name in breaches() if totals[name]}
-    for who in MODELS:
+    relations = [name for name in breaches() if name in totals]
+    broken = {name: int(totals[name]) for name in relations if totals[name]}
+    ranked = [who for who in MODELS if f"{who}_tied" in totals]
+    for who in ranked:
         if totals[f"{who}_tied"] > TIES * tokens:
             broken[f"{who}_max_logprob only at {who}_rank 1"] = int(totals[f"{who}_tied"])
     limit = math.log(facts.vocabulary_size) if facts.vocabulary_size else math.inf
     for who in MODELS:
         if totals[f"{who}_entropy_max"] > limit + 1e-3:
             broken[f"{who}_entropy <= log(vocabulary)"] = 1
-    checked = len(breaches()) + len(MODELS) * (2 if facts.vocabulary_size else 1)
+    checked = len(relations) + len(ranked) + (len(MODELS) if facts.vocabulary_size else 0)
     numbers: dict[str, Any] = {
         "relations": checked,
         "tokens": tokens,

@@ -54,7 +54,8 @@ class Measured:
 
 
 def measure(frame: pl.DataFrame, tokens_at_once: int = 500_000) -> Measured:
-    """Reduce rows of scores (with `COLUMNS`; `keep` and top-k ids where known), some tokens at a time."""
+    """Reduce rows of scores, some tokens at a time: `COLUMNS`, less what engines could not tell; `keep` and top-k ids
+    where known. What needs a column that is not there is not in the result."""
     return merge([_measure(part) for part in _parts(frame, tokens_at_once)])
 
 
@@ -148,8 +149,8 @@ def _rows(frame: pl.DataFrame, tokens: pl.DataFrame, *more: pl.Expr) -> pl.DataF
 
 def _measure(frame: pl.DataFrame) -> Measured:
     topk = [c for c in TOPK if c in frame.columns]
-    tokens = _explode(frame, (*_TOKENS, *topk))
-    tokens = tokens.with_columns(pl.col(c).cast(pl.Float64) for c in _FLOATS)
+    tokens = _explode(frame, (*(c for c in _TOKENS if c in frame.columns), *topk))
+    tokens = tokens.with_columns(pl.col(c).cast(pl.Float64) for c in _FLOATS if c in frame.columns)
     tokens = tokens.with_columns(
         advantage=pl.col("teacher_logprob") - pl.col("student_logprob"),
         tenth=(pl.col("position") * TENTHS // pl.col("length")).cast(pl.UInt8),
@@ -158,7 +159,7 @@ def _measure(frame: pl.DataFrame) -> Measured:
     rows = _rows(
         frame,
         tokens,
-        *(pl.col(c).sum().alias(f"{c}_sum") for c in _SUMMED),
+        *(pl.col(c).sum().alias(f"{c}_sum") for c in _SUMMED if c in frame.columns),
         (advantage > 0).sum().cast(pl.Int64).alias("positive"),
         (advantage < 0).sum().cast(pl.Int64).alias("negative"),
         advantage.first().alias("first_advantage"),
@@ -188,7 +189,7 @@ def _tail_ratio(text: str | None) -> float | None:
 
 
 def _by_tenth(tokens: pl.DataFrame, topk: bool) -> pl.DataFrame:
-    sums = [pl.col(c).sum() for c in _BY_POSITION]
+    sums = [pl.col(c).sum() for c in _BY_POSITION if c in tokens.columns]
     if topk:
         mine, theirs = map(pl.col, TOPK)
         sums.append((mine.list.set_intersection(theirs).list.len() / mine.list.len()).sum().alias("overlap"))
@@ -200,8 +201,10 @@ def _by_window(tokens: pl.DataFrame) -> pl.DataFrame:
     """Mean reverse KL and repeat ratio of every whole window, by trajectory and position."""
     whole = tokens.filter(pl.col("position") < pl.col("length") // WINDOW * WINDOW)
     gram = pl.col("gram").drop_nulls()
+    known = "reverse_kl" in tokens.columns
     return whole.group_by(ROW, window=pl.col("position") // WINDOW, maintain_order=True).agg(
-        reverse_kl=pl.col("reverse_kl").mean(), repeat=1 - gram.n_unique() / gram.len()
+        reverse_kl=pl.col("reverse_kl").mean() if known else pl.lit(None, dtype=pl.Float64),
+        repeat=1 - gram.n_unique() / gram.len(),
     )
 
 
@@ -212,8 +215,8 @@ def _totals(tokens: pl.DataFrame) -> dict[str, float]:
     sums = tokens.select(
         pl.len().alias("tokens"),
         inner.sum().alias("inner"),
-        *(e.sum().alias(k) for k, e in (_plain_sums() | breaches()).items()),
-        *(e.filter(inner).sum().alias(k) for k, e in lagged.items()),
+        *(e.sum().alias(k) for k, e in (_plain_sums() | breaches()).items() if _known(e, tokens)),
+        *(e.filter(inner).sum().alias(k) for k, e in lagged.items() if _known(e, tokens)),
     )
     maxima = tokens.select(
         drift_max=(pl.col("student_logprob") - pl.col("rollout_logprob")).abs().max(),
@@ -221,6 +224,10 @@ def _totals(tokens: pl.DataFrame) -> dict[str, float]:
         teacher_entropy_max=pl.col("teacher_entropy").max(),
     )
     return {k: float(v or 0.0) for part in (sums, maxima) for k, v in part.row(0, named=True).items()}
+
+
+def _known(expression: pl.Expr, tokens: pl.DataFrame) -> bool:
+    return {*expression.meta.root_names()} <= {*tokens.columns}
 
 
 def _plain_sums() -> dict[str, pl.Expr]:

@@ -128,6 +128,9 @@ def repetition(measured: Measured, facts: Facts) -> Finding:
 def agreement_trap(measured: Measured, facts: Facts) -> Finding:
     """Windows in which student and teacher agree because the text repeats itself."""
     why = "A low KL is no sign of quality where both models only continue a loop (2606.09471)."
+    if measured.windows.height and not measured.windows["reverse_kl"].count():
+        said = "there is no reverse_kl: the models were evaluated apart"
+        return finding("agreement-trap", "unknown", said, {}, why, facts.again("score", "score.engine=transformers"))
     windows = measured.windows.drop_nulls()
     do = f"drop or shorten them: fire weigh {facts.run} --round {facts.round} --rule fire+repetition-guard"
     if windows.height < LEAST_WINDOWS:

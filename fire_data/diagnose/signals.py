@@ -120,8 +120,9 @@ def decay(measured: Measured, facts: Facts) -> Finding:
     if tenths.height < 2:
         said = "responses are too short to compare positions" if tenths.height else _NO_TOKENS
         return finding("teacher-decay", "unknown", said, {"tenths": tenths.height}, why, _ROLL)
-    names = ("teacher_entropy", "teacher_max_logprob", "reverse_kl")
-    means = {c: tenths.select("tenth", value=pl.col(c) / pl.col("tokens")) for c in names}
+    titles = {"teacher_entropy": "teacher entropy", "teacher_max_logprob": "teacher max logprob"}
+    titles |= {"reverse_kl": "reverse KL"} if "reverse_kl" in tenths.columns else {}
+    means = {c: tenths.select("tenth", value=pl.col(c) / pl.col("tokens")) for c in titles}
     slopes = {c: _slope(frame) for c, frame in means.items()}
     numbers: dict[str, Any] = {
         "by_tenth": {c: frame["value"].to_list() for c, frame in means.items()},
@@ -130,12 +131,11 @@ def decay(measured: Measured, facts: Facts) -> Finding:
     }
     rise = slopes["teacher_entropy"] * (TENTHS - 1) / TENTHS
     level = grade(rise, RISE_NOTE, RISE_WARNING)
-    if level == "warning" and slopes["reverse_kl"] <= 0:
+    if level == "warning" and slopes.get("reverse_kl", 1.0) <= 0:
         level = "note"  # uncertain, but not further apart from the student
     ends = {c: (frame["value"][0], frame["value"][-1]) for c, frame in means.items()}
     said = "first to last tenth: " + ", ".join(
-        f"{title} {text(ends[c][0])} -> {text(ends[c][1])} (slope {text(slopes[c])})"
-        for c, title in zip(names, ("teacher entropy", "teacher max logprob", "reverse KL"), strict=True)
+        f"{title} {text(ends[c][0])} -> {text(ends[c][1])} (slope {text(slopes[c])})" for c, title in titles.items()
     )
     do = f"learn from beginnings: {facts.compare('fire', 'esr', 'iw-opd', 'cut-at-surprise')}"
     return finding("teacher-decay", softened(level, measured), said, numbers, why, do)
@@ -178,10 +178,13 @@ def teacher_fit(measured: Measured, facts: Facts) -> Finding:
     if not tokens:
         return finding("teacher-fit", "unknown", _NO_TOKENS, {}, why, _ROLL)
     means = {who: totals[f"{who}_logprob"] / tokens for who in MODELS}
-    far = totals["teacher_rank_100"] / tokens
+    ranked: dict[str, float] = {
+        k: totals[k] / tokens for k in ("student_first", "teacher_first", "teacher_rank_100") if k in totals
+    }
+    far = ranked.get("teacher_rank_100")
     numbers: dict[str, Any] = {
         **{f"{who}_logprob": means[who] for who in MODELS},
-        **{f"{who}_rank_1_share": totals[f"{who}_first"] / tokens for who in MODELS},
+        **{f"{who}_rank_1_share": ranked.get(f"{who}_first") for who in MODELS},
         "teacher_rank_over_100_share": far,
         "log_vocabulary": math.log(facts.vocabulary_size) if facts.vocabulary_size else None,
     }

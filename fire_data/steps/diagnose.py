@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from fire_data.diagnose import Facts, Finding, Weighed, diagnose, measure, merge
 from fire_data.diagnose.measure import COLUMNS, HISTORY_COLUMNS, TOPK, history
@@ -40,9 +41,10 @@ def diagnose_round(run: Run, round: int, name: str | None = None, report: Report
     scores = sealed(part)
     beside = [(p, sealed(p), columns) for p, columns in _beside(run, round, scores, name)]
     report.start(part.label, sum(r.rows for r in scores.shards), "rows")
+    there = {n for r in scores.shards[:1] for n in pq.read_schema(part.file(r.shard)).names}  # some are optional
     parts = []
     for i, receipt in enumerate(scores.shards):
-        frame = _read(part, receipt, COLUMNS)
+        frame = _read(part, receipt, tuple(c for c in COLUMNS if c in there))
         for other, manifest, columns in beside:
             frame = _joined(frame, other, manifest.shards[i], columns)
         parts.append(measure(frame))

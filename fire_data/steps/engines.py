@@ -251,5 +251,10 @@ def require_same_servers(session: Session, kept: Kept) -> None:
             text = f"the server of {who} gives other logprobs than when this stage was begun, by up to {off:.3g} nats"
             fix = f"serve the model it was begun with, or: {kept.part.command} --redo"
             raise FingerprintError(text, where=str(probe.get("url")), fix=fix)
+        kinds = [p.get("entropy_kind") for p in (mine.get(who, probe), probe)]
+        if kinds[0] != kinds[1]:
+            text = f"the server of {who} gave entropies that are {kinds[0]} when this stage was begun, now {kinds[1]}"
+            fix = f"serve the model as it was then, or: {kept.part.command} --redo"
+            raise FingerprintError(text, where=str(probe.get("url")), fix=fix)
     if session.probes:
         files.replace_json(path, {kept.fingerprint: {**session.probes, **mine}}, kept.part.tmp)

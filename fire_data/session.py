@@ -358,7 +358,7 @@ class Session:
     def release(self, *who: str) -> None:
         """Forget loaded models and end engines (all, if none is named), and give their memory back."""
         self._end(*(who or tuple(self._engines)))
-        self._forget(*(who or tuple(self._models)))
+        self.forget(*(who or tuple(self._models)))
 
     def _end(self, *who: str) -> None:
         for name in who:
@@ -366,7 +366,8 @@ class Session:
             if engine is not None:
                 engine.close()
 
-    def _forget(self, *who: str) -> None:
+    def forget(self, *who: str) -> None:
+        """Give the memory of models back that were loaded here; engines in processes of their own live on."""
         there = [name for name in who if self._models.pop(name, None) is not None]
         if not there:
             return
@@ -385,7 +386,7 @@ class Session:
         for name in dict.fromkeys(names):
             _, engine = self._engines.get(name, ("", None))
             if name in self._models and resolve_device(configs[name].device).type != "cpu":
-                self._forget(name)
+                self.forget(name)
             if engine is not None and engine.holds_gpu:
                 self._end(name)
 
@@ -394,7 +395,7 @@ class Session:
         from fire_data import models
 
         if self._models.get(who, ("", None))[0] != key:
-            self._forget(who)
+            self.forget(who)
             self.report.start(f"loading {called(who)}", 1, "model")
             self._models[who] = (key, models.load_model(cfg, self.run.root))
         model: PreTrainedModel = self._models[who][1]

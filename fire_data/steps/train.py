@@ -145,7 +145,7 @@ class _Training:
         self.total = self.steps * self.cfg.epochs
         self.states = self.run.root / ".fire" / "train"
         start = self.run.config.student.model_copy(update={"device": self.cfg.device})
-        session.release("student")
+        session.forget("student")
         self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
         self.head = models.head_of(self.model)
         self.optimizer = optim.make_optimizer(self.model, self.cfg)

@@ -1,8 +1,7 @@
 """Talks to one HTTP server: bounded requests, retries of named failures, a circuit that stops when it is gone.
 
-All requests of a client run in one event loop in a thread of its own, so that any number of calling threads share one
-bound, one pool of connections and one view of whether the server is there, and an interrupted call takes its requests
-with it at once. Retried are: failures to connect, to send or to read, an answer that takes too long, and
+Any number of threads share one bound, one pool of connections and one view of whether the server is there. Retried are:
+failures to connect, to send or to read, an answer that takes too long, and
 
     408, 425 (try again), 429 (too many requests), 500 (a crashing engine and a passing fault look the same from here)
     502, 503, 504 (nobody behind the proxy, overloaded or starting)
@@ -19,14 +18,11 @@ come from the environment as usual (HTTPS_PROXY, NO_PROXY), but never for this m
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import json
 import logging
-import queue
 import random
-import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +30,7 @@ import httpx
 import pydantic_core
 import stamina
 
+from fire_data.http_calls import Calls
 from fire_data.http_dialect import Malformed
 from fire_data.http_words import (
     authorization,
@@ -65,8 +62,6 @@ _ATTEMPTS = 3  # at least, however late: a long answer may be hit by two restart
 _CONNECT_SECONDS = 10.0
 _IDLE_SECONDS = 4.0  # uvicorn closes idle connections after 5: do not reuse one that is about to go
 _SMALL = 1 << 20  # bytes of an answer that holds no tokens
-# Polars, once imported, has interrupted waits resumed by the system: Ctrl-C is heard only between two waits.
-_TICK = 0.1
 # Retries are not news to be logged by a library; where logging is set up they still appear.
 logging.getLogger("stamina").addHandler(logging.NullHandler())
 
@@ -107,68 +102,10 @@ class HttpClient:
         self._warn = warn or (lambda _text: None)
         self._http = _connections(self.url, settings, authorization(api_key, who), who)
         self._waits = _waits(settings.deadline)
-        self._slots = asyncio.Semaphore(settings.concurrency)
         self._reachable = asyncio.Event()
         self._reachable.set()
         self._recovery: asyncio.Task[None] | None = None
-        self._calls: set[asyncio.Future[EngineError]] = set()
-        self._closing = threading.Lock()
-        self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"http: {who}", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which runs in the client's loop."""
-        future = self._submit(work)
-        try:
-            while not future.done():
-                concurrent.futures.wait([future], timeout=_TICK)
-            return future.result()
-        except concurrent.futures.CancelledError:
-            raise EngineError(f"the connection to {self.url} was closed", where=self.who) from None
-        finally:
-            future.cancel()
-
-    def each(
-        self, count: int, job: Callable[[int], Coroutine[Any, Any, T]], finished: Callable[[int, T], None]
-    ) -> None:
-        """Run `job(0)` to `job(count - 1)`; `finished(i, result)` is called in this thread, in the order of finishing.
-
-        At most `concurrency` jobs run at a time, those of other threads counted. Raises the first error after all
-        that finished before it was handed over; the rest is cancelled.
-        """
-        results: queue.SimpleQueue[tuple[int, T] | None] = queue.SimpleQueue()
-
-        async def one(i: int) -> None:
-            async with self._slots:
-                results.put((i, await job(i)))
-
-        async def everything() -> None:
-            tasks = [asyncio.ensure_future(one(i)) for i in range(count)]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-
-        future = self._submit(everything())
-        future.add_done_callback(lambda _: results.put(None))
-        try:
-            while True:
-                try:
-                    item = results.get(timeout=_TICK)
-                except queue.Empty:
-                    continue
-                if item is None:
-                    break
-                finished(*item)
-            future.result()
-        except concurrent.futures.CancelledError:
-            raise EngineError(f"the connection to {self.url} was closed", where=self.who) from None
-        finally:
-            future.cancel()
+        self.calls = Calls(f"http: {who}", settings.concurrency, f"{who}: the connection to {self.url} was closed")
 
     async def post(
         self, url: str, body: dict[str, Any], read: Callable[[Any], T], *, where: str, limit: int = _SMALL
@@ -282,7 +219,7 @@ class HttpClient:
     def _lost(self, why: str) -> None:
         if self._reachable.is_set():
             self._reachable.clear()
-            self._recovery = self._loop.create_task(self._recover(why))
+            self._recovery = self.calls.loop.create_task(self._recover(why))
 
     def _found(self) -> None:
         if self._reachable.is_set():
@@ -314,53 +251,11 @@ class HttpClient:
             self._reachable.set()
             text = f"{self.who}: nothing but failures from {self.url} for {seconds:g} s: {why}"
             fix = "start the server again; the same command continues where this one stopped"
-            for call in self._calls:
-                call.set_result(EngineError(text, fix=fix))
-            self._calls.clear()
-
-    def _submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        with self._closing:
-            if self._closed:
-                work.close()
-                raise EngineError(f"the connection to {self.url} is closed", where=self.who)
-            return asyncio.run_coroutine_threadsafe(self._watched(work), self._loop)
-
-    async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
-        """`work`, ended by an error as soon as the server counts as gone."""
-        task = asyncio.ensure_future(work)
-        gone: asyncio.Future[EngineError] = self._loop.create_future()
-        self._calls.add(gone)
-        either: set[asyncio.Future[Any]] = {task, gone}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise gone.result()
-            return task.result()
-        finally:
-            self._calls.discard(gone)
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
+            self.calls.end_all(EngineError(text, fix=fix))
 
     def close(self) -> None:
         """End all requests and the thread. More than once does no harm."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-
-        async def end() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._http.aclose()
-            await self._loop.shutdown_default_executor()
-
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self.calls.close(self._http.aclose)
 
     def _clean(self, text: str) -> str:
         return printable(text, self._key)

@@ -194,7 +194,7 @@ class HttpEngine:
                 progress(1)
 
         try:
-            self.client.each(len(names), work, finished)
+            self.client.calls.each(len(names), work, finished)
         except (EngineError, ConfigError) as error:
             order = sorted(found)
             done = table([found[i] for i in order])

@@ -93,7 +93,7 @@ def examine(
         TokenizerError: it tokenizes differently.
         EngineError: it cannot be reached, or its answers cannot be used.
     """
-    return client.run(_examine(client, model, served_name, tokenizer, vocabulary, k, longest, scores))
+    return client.calls.run(_examine(client, model, served_name, tokenizer, vocabulary, k, longest, scores))
 
 
 async def _examine(

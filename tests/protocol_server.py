@@ -60,6 +60,7 @@ class ProtocolServer:
         gives_ids: answers hold token ids.
         tokenizes: /tokenize exists; counts: usage is told.
         shift: 1 or -1: prompt logprobs are off by a position, ids and all; `shift_values`: the values alone.
+        end: the id that ends a response, unless it is told to ignore it.
         key: the key that it wants. slow: seconds before every answer of /completions.
         replies: sent instead of the next answers of /completions, first come, first served.
         refuse: body -> a reply instead of the answer, or None.
@@ -76,6 +77,7 @@ class ProtocolServer:
         self.gives_ids, self.tokenizes, self.counts = True, True, True
         self.shift = self.shift_values = 0
         self.key: str | None = None
+        self.end = 0
         self.slow = 0.0
         self.replies: list[Reply] = []
         self.refuse: Callable[[Body], Reply | None] = lambda _body: None
@@ -203,7 +205,7 @@ class ProtocolServer:
             prompt = self.tokenizer.encode(prompt)
         echo = bool(body.get("echo")) and self.dialect in ("vllm", "echo")
         ids, logprobs_TV = self._generate(prompt, body) if body["max_tokens"] else ([], torch.zeros(0, VOCAB))
-        choice: Body = {"index": 0, "text": "", "finish_reason": "stop" if ids[-1:] == [0] else "length"}
+        choice: Body = {"index": 0, "text": "", "finish_reason": "stop" if ids[-1:] == [self.end] else "length"}
         if body.get("prompt_logprobs") is not None and self.dialect == "vllm":
             choice["prompt_logprobs"] = self._prompt_logprobs(prompt, body["prompt_logprobs"])
         if body.get("logprobs") is not None and (not body.get("echo") or echo):
@@ -239,7 +241,7 @@ class ProtocolServer:
             token = raw_1V.argmax() if greedy else torch.multinomial(drawn_1V[0].exp(), 1, generator=random)
             ids.append(int(token))
             rows.append(drawn_1V.float() if self.processed and not greedy else raw_1V)
-            if ids[-1] in body.get("stop_token_ids", ()) or (ids[-1] == 0 and not body.get("ignore_eos")):
+            if ids[-1] in body.get("stop_token_ids", ()) or (ids[-1] == self.end and not body.get("ignore_eos")):
                 break
         return ids, torch.cat(rows)
 
@@ -301,6 +303,7 @@ def _json(answer: Any, status: int = 200) -> Reply:
 def _handler(server: ProtocolServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # headers and content in one packet: two would wait for each other's acknowledgement
 
         def setup(self) -> None:
             super().setup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import email.utils
 import json
@@ -44,7 +45,7 @@ from fire_data.vocabulary import Vocabulary  # noqa: E402
 from .protocol_server import VOCAB, ProtocolServer, byte_model, byte_tokenizer  # noqa: E402
 
 EVERYTHING = Vocabulary(VOCAB, np.ones(VOCAB, dtype=np.bool_))
-STOPS = frozenset({0, 17})
+STOPS = frozenset({3, 17})  # the server's own end is 0
 KEY = "sk-very-secret-0123456789"
 Make = Callable[..., HttpEngine]
 Body = dict[str, Any]
@@ -77,7 +78,7 @@ def make(server: ProtocolServer) -> Iterator[Make]:
     def engine(
         url: str | None = None, probed: bool = True, vocabulary: Vocabulary = EVERYTHING, **changes: Any
     ) -> HttpEngine:
-        limits = {"concurrency": 4, "timeout": 5.0, "deadline": 2.0} | changes.pop("settings", {})
+        limits = {"concurrency": 4, "timeout": 60.0, "deadline": 4.0} | changes.pop("settings", {})
         options: Body = {"model": "tiny", "api_key": None, "stop_ids": STOPS, "entropy_topk": 5, "who": "teacher"}
         options |= changes
         found = HttpEngine(
@@ -158,7 +159,7 @@ def test_scores_are_those_of_the_model_in_this_process(
 def test_a_longer_list_gives_a_better_bound_and_the_whole_vocabulary_the_entropy(make: Make, model: Any) -> None:
     table = rows(5)
     right, before = flat(expected(model, table), "entropy"), None
-    for k in (1, 5, 50, VOCAB):
+    for k in (1, 5, 50, 10 * VOCAB):
         found = make(entropy_topk=k).evaluate(table)
         bound = flat(found, "entropy")
         assert (bound <= right + 1e-4).all()
@@ -200,7 +201,8 @@ def test_sampled_logprobs_are_those_of_the_model_and_seeds_repeat(
     for ids, reason in zip(found["response_ids"].to_pylist(), found["finish_reason"].to_pylist(), strict=True):
         assert (ids[-1] in STOPS) == (reason == "stop")
         assert reason == "stop" or len(ids) == 12
-    assert engine.generate(table, sampling).equals(found)
+    server.end = next(ids[1] for ids in found["response_ids"].to_pylist() if len(ids) > 2)
+    assert engine.generate(table, sampling).equals(found), "the server's own end is none"
     assert not engine.generate(table, Sampling(8, max_new_tokens=12)).equals(found)
     turned = table.take(list(range(11, -1, -1)))
     assert engine.generate(turned, sampling).equals(found.take(list(range(11, -1, -1))))
@@ -337,7 +339,7 @@ def heard() -> Iterator[None]:
 
 @pytest.mark.usefixtures("heard")
 def test_an_interrupt_ends_a_call_at_once_and_its_requests(server: ProtocolServer, make: Make) -> None:
-    engine = make(settings={"timeout": 60.0})
+    engine = make()
     server.slow = 5.0
     timer = threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
     began = time.monotonic()
@@ -353,9 +355,26 @@ def test_an_interrupt_ends_a_call_at_once_and_its_requests(server: ProtocolServe
     assert sum(body["prompt"] in given_up for _, body in server.asked) <= 4
 
 
+def test_an_interrupt_before_a_call_has_begun_ends_it_too(
+    server: ProtocolServer, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, real = make(), asyncio.run_coroutine_threadsafe
+
+    def interrupted(*args: Any) -> Any:
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.evaluate(rows(20))
+    engine.evaluate(rows(2, seed=1))
+    assert len(server.asked) <= 4 + 2
+
+
 def test_closing_ends_a_call_of_another_thread_and_can_be_repeated(server: ProtocolServer, make: Make) -> None:
     server.slow = 5.0
-    engine, errors = make(settings={"timeout": 60.0}), []
+    engine, errors = make(), []
     thread = threading.Thread(target=lambda: errors.append(caught(lambda: engine.evaluate(rows(3)))))
     thread.start()
     time.sleep(0.1)
@@ -363,7 +382,7 @@ def test_closing_ends_a_call_of_another_thread_and_can_be_repeated(server: Proto
     thread.join(3)
     engine.close()
     assert "was closed" in errors[0].what
-    assert "is closed" in caught(lambda: engine.evaluate(rows(1))).what
+    assert "was closed" in caught(lambda: engine.evaluate(rows(1))).what
 
 
 # Failures that pass
@@ -424,7 +443,7 @@ def test_broken_and_late_answers_are_asked_for_again(server: ProtocolServer, mak
 
     server.refuse = lambda body: None
     server.mangle, server.slow = whole, 1.0
-    engine = make(settings={"timeout": 0.3, "deadline": 9.0})
+    engine = make(settings={"timeout": 0.3, "deadline": 30.0})
     threading.Timer(0.4, lambda: setattr(server, "slow", 0.0)).start()
     assert engine.evaluate(rows(2, seed=5)).num_rows == 2
 
@@ -511,10 +530,11 @@ def test_a_long_answer_that_breaks_twice_is_asked_for_a_third_time(server: Proto
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 501])
 def test_refusals_are_told_at_once_with_the_servers_words(server: ProtocolServer, make: Make, status: int) -> None:
-    server.refuse = lambda _body: (status, {}, b'{"error": {"message": "this is why"}}')
+    server.refuse = lambda _body: (status, {}, b'{"error": {"message": "\\u001b[2Jthis is why"}}')
     error = caught(lambda: make(settings={"concurrency": 1}).evaluate(rows(5)), PartialError)
     assert f"{status}" in error.what
     assert "this is why" in error.what
+    assert "\x1b" not in str(error)
     assert server.url in error.what
     assert "row 0 (trajectory t0)" in error.where
     assert len(server.asked) == 1
@@ -937,6 +957,18 @@ def test_an_extension_that_is_gone_is_noticed_not_read_as_an_entropy(
     engine.probe(tokenizer, 100)
     server.exact = False
     assert "no entropy any more" in caught(lambda: engine.evaluate(rows(3)), PartialError).what
+
+
+@pytest.mark.parametrize("slot", ["0", "2"])
+def test_an_entropy_is_read_from_its_own_place_alone(slot: str) -> None:
+    entry = {"7": {"logprob": -1.0, "rank": 2}, "1": {"logprob": -0.5}, slot: {"logprob": 0.25}}
+    answer = {"choices": [{"prompt_logprobs": [None, entry]}]}
+    dialect = Dialect("prompt_logprobs", 2, exact=True)
+    if slot == "0":
+        assert read_scores(answer, dialect, [4, 7], 1).entropy.tolist() == [0.25]
+    else:
+        with pytest.raises(Malformed, match="position 1 has no entropy"):
+            read_scores(answer, dialect, [4, 7], 1)
 
 
 def test_a_server_that_is_not_there_is_told_soon(make: Make, server: ProtocolServer, tokenizer: Any) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 STUDENT, BASE = "student", "base"
 _WRITES = " (writing)"
 _SAME_SERVER = 0.2  # nats: more than half precision and another batch make of the same model's logprobs
+_SPREAD = 4  # rows that wait or run, in multiples of those that run: long responses are some times the mean
+_MOST_LANES = 16
 _OTHER_PROMPT = 1024  # tokens by which a teacher's own prompt may be longer than the longest of the student's
 
 
@@ -144,13 +146,21 @@ def base_engine(session: Session) -> str:
 
 
 def lanes(session: Session, engine: str) -> int:
-    """How many shards are worked on at a time: two where the next one fills what the end of the one before leaves,
-    and so many for every worker of a cluster."""
-    return (session.workers if session.places(engine) else 1) * _depth(engine)
+    """How many shards are worked on at a time, over all workers of a cluster.
+
+    Responses differ in length: so many rows must wait that what the end of a shard leaves idle is filled.
+    """
+    return (session.workers if session.places(engine) else 1) * _depth(session, engine)
 
 
-def _depth(engine: str) -> int:
-    return 2 if engine in ("vllm", "http") else 1
+def _depth(session: Session, engine: str) -> int:
+    """As `lanes`, for one engine."""
+    cfg = session.run.config
+    together = {"vllm": cfg.vllm.max_num_seqs, "http": cfg.http.concurrency}.get(engine)
+    if together is None:
+        return 1
+    rows = cfg.rollout.n * cfg.rollout.prompts_per_shard
+    return min(_MOST_LANES, 1 + max(1, -(-_SPREAD * together // rows)))
 
 
 def _on_cluster(session: Session, who: str, kind: str, round: int = 0) -> RayEngine:
@@ -158,7 +168,7 @@ def _on_cluster(session: Session, who: str, kind: str, round: int = 0) -> RayEng
     run = session.run
     recipe = {"root": str(run.root.resolve()), "config": run.config.model_dump(mode="json"), "kind": kind}
     engine = run.config.rollout.engine if kind == "generator" else run.config.score.engine
-    return session.placed(who, {**recipe, "round": round, "name": who}, _depth(engine))
+    return session.placed(who, {**recipe, "round": round, "name": who}, _depth(session, engine))
 
 
 def remote(root: str, config: dict[str, Any], kind: str, round: int, name: str) -> Any:

@@ -93,13 +93,10 @@ class Session:
 
         if self._cluster is None:
             self.report.start("connecting to Ray", 1, "cluster")
-            gpus = self.run.config.vllm.tensor_parallel_size if "vllm" in self._engines_used else 1
+            engines = (self.run.config.rollout.engine, self.run.config.score.engine)
+            gpus = self.run.config.vllm.tensor_parallel_size if "vllm" in engines else 1
             self._cluster = connect(self._ray or RayConfig(), threads=self.run.config.threads, gpus=gpus)
         return self._cluster
-
-    @property
-    def _engines_used(self) -> set[str]:
-        return {self.run.config.rollout.engine, self.run.config.score.engine}
 
     @_one_at_a_time
     def placed(self, who: str, arguments: dict[str, Any], depth: int) -> RayEngine:

@@ -10,6 +10,7 @@ import hashlib
 import platform
 import shlex
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -294,8 +295,13 @@ def verify_file(part: Part, path: Path, receipt: Receipt) -> Path:
     return path
 
 
-def read_shard(part: Part, receipt: Receipt, columns: list[str] | None = None) -> pa.Table:
-    """Rows of a shard. The bytes that are hashed are the bytes that are parsed. Raises DamagedError."""
+def read_shard(
+    part: Part, receipt: Receipt, columns: list[str] | None = None, *, optional: Iterable[str] = ()
+) -> pa.Table:
+    """Rows of a shard. The bytes that are hashed are the bytes that are parsed. Raises DamagedError.
+
+    `optional`: columns beside `columns` that are read where they are there.
+    """
     path = part.file(receipt.shard)
     try:
         data = path.read_bytes()
@@ -306,4 +312,6 @@ def read_shard(part: Part, receipt: Receipt, columns: list[str] | None = None) -
         raise DamagedError(
             "a shard changed while it was read", where=f"{part.label}, shard {receipt.shard}", fix=part.command
         )
+    if columns is not None and (further := {*optional}):
+        columns = [*columns, *(name for name in pq.read_schema(pa.BufferReader(data)).names if name in further)]
     return pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)

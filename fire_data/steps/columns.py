@@ -241,7 +241,8 @@ def _teacher(session: Session, round: int, source: Manifest, name: str) -> Addon
 
     def stats(done: list[Receipt]) -> dict[str, Any]:
         columns = [c.name.removesuffix(f".{name}") for c in addon_columns(part.name or "") or () if c.per == "token"]
-        there = {c for r in done for c in read_shard(part, r).column_names}
+        wanted = [f"{c}.{name}" for c in columns]
+        there = {c for r in done for c in read_shard(part, r, ["trajectory_id"], optional=wanted).column_names}
         found = {c: _mean(part, done, f"{c}.{name}") for c in columns if f"{c}.{name}" in there}
         stage.recorded["entropy_kind"] = (
             TOPK_BOUND if "teacher_entropy_mass" in found else "fake" if engine == "fake" else "exact"

@@ -76,9 +76,7 @@ def teacher_generator(session: Session, name: str) -> Generator:
 
 def is_joint(session: Session, name: str) -> bool:
     """True if student and this teacher are evaluated together, from the logits of both."""
-    return {session.run.config.score.engine, teacher_engine(session, name)} <= {"transformers"} or (
-        session.run.config.score.engine == "fake"
-    )
+    return teacher_engine(session, name) in ("transformers", "fake")
 
 
 def teacher_engine(session: Session, name: str) -> str:
@@ -126,15 +124,13 @@ def teacher_evaluator(session: Session, name: str) -> Evaluator:
 
 def base_evaluator(session: Session) -> Evaluator:
     """The reference model alone, over the ids it shares with the others."""
-    engine, cfg = session.run.config.score.engine, session.run.base()
-    if session.places(base_engine(session)):
+    engine, cfg = base_engine(session), session.run.base()
+    if session.places(engine):
         return _on_cluster(session, BASE, "base")
     ids = session.base_vocabulary
     if engine == "fake":
         return FakeScorer(ids, BASE)
-    if base_engine(session) == "http":
-        return _placed(session, BASE, "http", cfg, ids, frozenset(), session.base_tokenizer)
-    if engine == "vllm":
+    if engine != "transformers":
         return _placed(session, BASE, engine, cfg, ids, frozenset(), session.base_tokenizer)
     return _transformers(session, session.base(), ids)
 
@@ -239,10 +235,10 @@ def _placed(
     return session.process(who + _WRITES * (how is not None and who != STUDENT), cfg, ids, stops, longest)
 
 
-def sampling(session: Session, greedy: bool = False) -> Sampling:
+def sampling(session: Session) -> Sampling:
     """How rollouts are drawn."""
     cfg = session.run.config.rollout
-    return Sampling(session.run.config.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens, greedy)
+    return Sampling(session.run.config.seed, cfg.temperature, cfg.top_p, cfg.top_k, cfg.max_new_tokens)
 
 
 def require_same_servers(session: Session, kept: Kept) -> None:

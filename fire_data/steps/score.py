@@ -192,16 +192,17 @@ def _by_teacher(session: Session, rows: pl.DataFrame) -> dict[str, Any]:
 def _numbers(part: Part, receipt: Receipt) -> pl.DataFrame:
     """Per trajectory of a shard: sums of signals, drift, and the advantage of the token that ended it."""
     columns = ["finish_reason", "student_logprob", "teacher_logprob", "rollout_logprob", "teacher", "length"]
-    table = read_shard(part, receipt)
-    sums = [n for n in (*(f"{m}_sum" for m in _MEANS), "teacher_prompt_ids") if n in table.column_names]
+    further = (*(f"{m}_sum" for m in _MEANS), *(c.name for c in MASSES))
+    table = read_shard(part, receipt, [*columns, "prompt_ids", "teacher_prompt_ids"], optional=further)
+    sums = [n for n in (f"{m}_sum" for m in _MEANS) if n in table.column_names]
     masses = [c.name for c in MASSES if c.name in table.column_names]
-    frame = pl.from_arrow(table.select([*sums, *masses, *columns, "prompt_ids"]))
+    frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     student, sampled = (pl.col(f"{who}_logprob").cast(pl.List(pl.Float64)) for who in ("student", "rollout"))
     off = (student - sampled).list.eval(pl.element().abs())
     ended = pl.col("teacher_logprob").list.last() - pl.col("student_logprob").list.last()
     return frame.select(
-        *(n for n in sums if n.endswith("_sum")),
+        *sums,
         "teacher",
         "length",
         *(pl.col(n).cast(pl.List(pl.Float64)).list.sum() for n in masses),

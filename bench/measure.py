@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,16 @@ def main(doc: str, sizes: Sizes, groups: dict[str, list[str]], prepare: Prepare)
     `prepare(group, case, options)` builds the input in a process of its own and returns what is to be timed, which
     ends by reading a result from the device.
     """
-    options = parse(doc, sizes)
+    options = parse(doc, sizes, groups)
     if options.worker:
         _serve(options, prepare)
         return
-    found = {group: _compare_cases(group, cases, options) for group, cases in groups.items()}
+    chosen = {group: groups[group] for group in options.only or groups}
+    found = {group: _compare_cases(group, cases, options) for group, cases in chosen.items()}
     report(options, sizes, found)
 
 
-def parse(doc: str, sizes: Sizes) -> argparse.Namespace:
+def parse(doc: str, sizes: Sizes, groups: Iterable[str] = ()) -> argparse.Namespace:
     """Command-line options; what is not given is the default, or the small value with --smoke."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, seconds: is the script alive?")
@@ -60,6 +61,8 @@ def parse(doc: str, sizes: Sizes) -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), help=f"{text} (default {default})")
     parser.add_argument("--repeat", type=int, help="timed repetitions of every case (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    if groups:
+        parser.add_argument("--only", action="append", choices=list(groups), help="this group alone (repeatable)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name, (default, small, _) in {**sizes, "repeat": (5, 2, "")}.items():

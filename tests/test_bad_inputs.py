@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fire_data.cli import app as cli
+from fire_data.cli import stages
 from fire_data.run import Run
 from fire_data.schemas.manifest import Shard
 from fire_data.shards import read_manifest, read_receipt, read_shard, write_shard
@@ -493,11 +493,11 @@ def test_an_error_nobody_thought_of_is_one_line_and_1(
     def broken(*args: Any) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr(cli, "_number", broken)
+    monkeypatch.setattr(stages, "round_of", broken)
     answer = expect(fire("rollout", run.root), 1, "internal error: RuntimeError: first line")
     assert "second line" not in answer.err
     assert "FIRE_DEBUG=1" in answer.fix
-    monkeypatch.setattr(cli, "_number", lambda *a: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(stages, "round_of", lambda *a: (_ for _ in ()).throw(MemoryError()))
     answer = expect(fire("rollout", run.root), 1, "out of memory")
     assert "tokens_per_batch" in answer.fix
 

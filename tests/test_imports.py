@@ -42,7 +42,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "demo", "demo.tasks", "demo.lists", "demo.world", "demo.two_domains", "demo.arms", "demo.curve",
     ),
     "cli": (
-        "cli", "cli.app", "cli.errors", "cli.inspect", "cli.terminal", "cli.rules", "cli.diagnose", "cli.compare",
+        "cli", "cli.app", "cli.options", "cli.stages", "cli.look", "cli.errors", "cli.inspect", "cli.terminal",
+        "cli.rules", "cli.diagnose", "cli.compare",
     ),
 }  # fmt: skip
 PURE_MAY_NOT = {"os", "time", "logging", "pathlib", "random", "datetime", "socket", "subprocess", "uuid", "secrets"}

@@ -54,7 +54,7 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
 
-    from fire_data.vllm_engine import seed_of
+    from fire_data.sampling import seed_of
 
     logging.disable_progress_bar()
     torch.manual_seed(0)

@@ -91,8 +91,8 @@ def make_run(root: Path, options: argparse.Namespace) -> Any:
 
 def asked(run: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Prompts, responses and seeds of the trajectories in their order; the ids that end a response."""
+    from fire_data.sampling import seed_of
     from fire_data.session import Session
-    from fire_data.vllm_engine import seed_of
 
     rows = run.rollouts(0).select("trajectory_id", "prompt_ids", "response_ids").collect()
     assert rows.height <= options.requests

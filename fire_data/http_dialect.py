@@ -11,7 +11,6 @@ Suffixes: _T response tokens, _K listed tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -233,12 +232,6 @@ def sample_body(
         "ignore_eos": True, "stop_token_ids": stops,
         "logprobs": logprobs, "return_token_ids": True, "return_tokens_as_token_ids": True,
     }  # fmt: skip
-
-
-def seed_of(seed: int, trajectory_id: str, attempt: int) -> int:
-    """63 bits of BLAKE2b: what the protocol takes, and the same whenever and wherever a trajectory is asked for."""
-    digest = hashlib.blake2b(f"{seed}\0{trajectory_id}\0{attempt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def sample_bytes(tokens: int) -> int:

@@ -33,19 +33,17 @@ from fire_data.http_dialect import (
     sample_bytes,
     score_body,
     score_bytes,
-    seed_of,
 )
 from fire_data.http_probe import Abilities, examine
-from fire_data.sampling import Sampling
+from fire_data.sampling import Sampling, seed_of
 from fire_data.schemas.config import HttpConfig
 from fire_data.schemas.errors import ConfigError, DataError, EngineError, PartialError
-from fire_data.schemas.tables import EVALUATED, FLOATS, IDS
+from fire_data.schemas.tables import EVALUATED, FLOATS, IDS, TOPK_BOUND
 from fire_data.vocabulary import Vocabulary
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
 
-BOUND = "topk-lower-bound"
 _DRAWS = 4  # of one response, until it holds no id that is not allowed
 _NOTABLE = 0.01  # probability of such an id that is worth a warning
 
@@ -86,7 +84,7 @@ class HttpEngine:
     def entropy_kind(self) -> str:
         """exact or topk-lower-bound; known after `probe`."""
         found = self._abilities
-        return "exact" if found is not None and found.scoring is not None and found.scoring.exact else BOUND
+        return "exact" if found is not None and found.scoring is not None and found.scoring.exact else TOPK_BOUND
 
     def probe(self, tokenizer: Any, longest: int, sampling: Sampling | None = None) -> dict[str, Any]:
         """Find out what the server is and can do; JSON-ready.

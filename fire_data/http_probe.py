@@ -29,6 +29,7 @@ from fire_data.http_dialect import (
 )
 from fire_data.sampling import Sampling
 from fire_data.schemas.errors import ConfigError, EngineError, TokenizerError
+from fire_data.schemas.tables import TOPK_BOUND
 from fire_data.vocabulary import Vocabulary
 
 SERVE = "python -m vllm.entrypoints.openai.api_server --model MODEL"
@@ -65,7 +66,7 @@ class Abilities:
 
     def record(self, url: str) -> dict[str, Any]:
         """JSON-ready."""
-        kind = None if self.scoring is None else "exact" if self.scoring.exact else "topk-lower-bound"
+        kind = None if self.scoring is None else "exact" if self.scoring.exact else TOPK_BOUND
         return {
             "url": url,
             "served": self.served,

@@ -60,6 +60,12 @@ def uniforms(seed: int, trajectory_id: str, count: int) -> np.ndarray:
     return noise
 
 
+def seed_of(seed: int, trajectory_id: str, attempt: int = 0) -> int:
+    """63 bits for engines with noise of their own, the same whenever and wherever a trajectory is asked for."""
+    digest = hashlib.blake2b(f"{seed}\0{trajectory_id}\0{attempt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def processed_logprobs(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Log of the distribution sampled from: float64 [B, V], normalised, -inf outside of top-k and top-p.
 

@@ -5,19 +5,17 @@ Tokenizers are loaded for the fingerprints of a stage; weights not before a shar
 
 from __future__ import annotations
 
-import functools
 import gc
-import os
 import threading
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fire_data import chat, vocabulary
+from fire_data.outside import Outside, called
 from fire_data.run import Run
-from fire_data.schemas.config import TEACHER, ModelConfig, RayConfig
-from fire_data.schemas.errors import ConfigError, FireError, TokenizerError
+from fire_data.schemas.config import ModelConfig, RayConfig
+from fire_data.schemas.errors import TokenizerError
 from fire_data.schemas.manifest import Manifest, digest
 from fire_data.shards import Part, read_manifest, verify_file
 from fire_data.stages import Reporter, Silent
@@ -26,24 +24,9 @@ from fire_data.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fire_data.engines import Engine
-    from fire_data.ray_cluster import Cluster
-    from fire_data.ray_engine import RayEngine
-    from fire_data.sampling import Sampling
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def _one_at_a_time(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
-    """A method that holds the session's lock."""
-
-    @functools.wraps(method)
-    def run(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with session.lock:
-            return method(session, *args, **kwargs)
-
-    return run
 
 
 class Session:
@@ -52,18 +35,14 @@ class Session:
     def __init__(self, run: Run, report: Reporter | None = None, ray: RayConfig | None = None) -> None:
         """`ray`: place engines on this cluster instead of running them here."""
         self.run = run
-        self._ray = ray
-        self._cluster: Cluster | None = None
         self.report = report or Silent()
         self._models: dict[str, tuple[str, Any]] = {}
         self._tokenizers: dict[str, Any] = {}
         self._comparisons: dict[str, vocabulary.Comparison] = {}
-        self._engines: dict[str, tuple[str, Engine]] = {}
         self._verified: set[str] = set()
         # Shards that are made in threads must not do some things at the same time: open a model, render a prompt.
         self.lock = threading.RLock()
-        self.place = ""  # marks the logs of a session on a node of a cluster
-        self.probes: dict[str, dict[str, Any]] = {}
+        self.outside = Outside(run, self.report, self.lock, self._fingerprint, ray)
         if run.config.threads:
             import torch
 
@@ -74,48 +53,7 @@ class Session:
 
     def __exit__(self, *error: object) -> None:
         """End what lives outside of this process."""
-        self._end(*self._engines)
-        if self._cluster is not None:
-            self._cluster.close()
-            self._cluster = None
-
-    def places(self, engine: str) -> bool:
-        """True if this engine runs on the workers of a cluster; a server needs no worker to be asked."""
-        return self._ray is not None and engine != "http"
-
-    @property
-    def workers(self) -> int:
-        """How many engines the cluster has room for."""
-        return self._connected().workers
-
-    def _connected(self) -> Cluster:
-        from fire_data.ray_cluster import connect
-
-        if self._cluster is None:
-            self.report.start("connecting to Ray", 1, "cluster")
-            engines = (self.run.config.rollout.engine, self.run.config.score.engine)
-            gpus = self.run.config.vllm.tensor_parallel_size if "vllm" in engines else 1
-            self._cluster = connect(self._ray or RayConfig(), threads=self.run.config.threads, gpus=gpus)
-        return self._cluster
-
-    @_one_at_a_time
-    def placed(self, who: str, arguments: dict[str, Any], depth: int) -> RayEngine:
-        """Engines on all workers of the cluster, by `fire_data.steps.engines.remote` with these arguments.
-
-        They take the place of those of any other model: a worker has room for one.
-        """
-        from fire_data.ray_engine import RayEngine, Recipe
-
-        key = digest(arguments)
-        if self._engines.get(who, ("", None))[0] != key:
-            self._end(*(name for name, (_, engine) in self._engines.items() if isinstance(engine, RayEngine)))
-            self.report.start(f"placing {called(who)} on {self.workers} workers", 1, "model")
-            recipe = Recipe("fire_data.steps.engines:remote", arguments, (arguments["root"],))
-            made = RayEngine(self._connected(), recipe, report=self.report, depth=depth)
-            self._engines[who] = (key, made)
-        found = self._engines[who][1]
-        assert isinstance(found, RayEngine)
-        return found
+        self.outside.close()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -244,7 +182,7 @@ class Session:
 
         config = self.run.config
         record = {"threads": torch.get_num_threads(), section: getattr(config, section).performance()}
-        if self._ray is not None:
+        if self.outside.ray is not None:
             record["threads"] = config.threads or 1
         engine = getattr(config, section).engine if section in ("rollout", "score") else None
         return {**record, "vllm": config.vllm.performance()} if engine == "vllm" else record
@@ -288,80 +226,10 @@ class Session:
         )
         return self._load("student" if same else "base", key, cfg)
 
-    @_one_at_a_time
-    def process(self, who: str, cfg: ModelConfig, ids: Vocabulary, stops: frozenset[int], longest: int) -> Engine:
-        """A model in a vllm process, which lives on and is given new weights where only those changed.
-
-        `longest`: tokens of prompt and response together.
-        """
-        from fire_data import models
-        from fire_data.vllm_engine import VllmEngine
-
-        folder, key = models.local_folder(cfg, self.run.root), self._fingerprint(cfg)
-        positions = getattr(models.model_config(cfg, self.run.root), "max_position_embeddings", None)
-        if positions:  # vllm refuses to make room for more than the model was made for
-            longest = min(longest, positions - 1)
-        known, engine = self._engines.get(who, ("", None))
-        assert engine is None or isinstance(engine, VllmEngine)
-        if engine is not None and known != key:
-            self.report.start(f"loading {who}", 1, "model")
-            engine.load(folder)
-            self._engines[who] = (key, engine)
-        elif engine is None:
-            self.report.start(f"starting vllm for {who}", 1, "model")
-            log = self.run.root / ".fire" / "logs" / f"vllm-{who.replace(' ', '-')}{self.place}.log"
-            made = VllmEngine(
-                folder, dtype=cfg.dtype, device=cfg.device, settings=self.run.config.vllm, vocabulary=ids,
-                stop_ids=stops, log=log, threads=self.run.config.threads, longest=longest,
-                entropy_topk=self.run.config.score.entropy_topk,
-            )  # fmt: skip
-            self._engines[who] = (key, made)
-        return self._engines[who][1]
-
-    @_one_at_a_time
-    def server(
-        self,
-        who: str,
-        cfg: ModelConfig,
-        ids: Vocabulary,
-        stops: frozenset[int],
-        tokenizer: Any,
-        longest: int,
-        sampling: Sampling | None,
-    ) -> Engine:
-        """A model behind its url, after a probe of the server. Raises ConfigError if it is not what was declared.
-
-        `sampling`: how it will write; None: it scores.
-        """
-        from fire_data.http_engine import HttpEngine
-
-        if self._engines.get(who, ("", None))[0] != cfg.model:
-            assert cfg.url is not None
-            self._end(who)
-            made = HttpEngine(
-                cfg.url, cfg.served_name or cfg.model, model=cfg.model, settings=self.run.config.http,
-                api_key=_secret(cfg), vocabulary=ids, stop_ids=stops,
-                entropy_topk=self.run.config.score.entropy_topk, who=who, warn=self.report.warn,
-            )  # fmt: skip
-            self.report.start(f"probing the server of {who}", 1, "server")
-            try:
-                self.probes[who] = made.probe(tokenizer, longest, sampling)
-            except FireError:
-                made.close()
-                raise
-            self._engines[who] = (cfg.model, made)
-        return self._engines[who][1]
-
     def release(self, *who: str) -> None:
         """Forget loaded models and end engines (all, if none is named), and give their memory back."""
-        self._end(*(who or tuple(self._engines)))
+        self.outside.end(*(who or self.outside.names))
         self.forget(*(who or tuple(self._models)))
-
-    def _end(self, *who: str) -> None:
-        for name in who:
-            _, engine = self._engines.pop(name, ("", None))
-            if engine is not None:
-                engine.close()
 
     def forget(self, *who: str) -> None:
         """Give the memory of models back that were loaded here; engines in processes of their own live on."""
@@ -378,24 +246,23 @@ class Session:
         """As `release`, for what holds an accelerator that others need: in main memory a model may stay."""
         from fire_data.models import resolve_device
 
-        names = who or (*self._models, *self._engines)
+        names = who or (*self._models, *self.outside.names)
         configs = {"student": self.run.config.student, "base": self.run.base(), **self.run.teachers}
         for name in dict.fromkeys(names):
-            _, engine = self._engines.get(name, ("", None))
             if name in self._models and resolve_device(configs[name].device).type != "cpu":
                 self.forget(name)
-            if engine is not None and engine.holds_gpu:
-                self._end(name)
+            if self.outside.holds_gpu(name):
+                self.outside.end(name)
 
-    @_one_at_a_time
     def _load(self, who: str, key: str, cfg: ModelConfig) -> PreTrainedModel:
         from fire_data import models
 
-        if self._models.get(who, ("", None))[0] != key:
-            self.forget(who)
-            self.report.start(f"loading {called(who)}", 1, "model")
-            self._models[who] = (key, models.load_model(cfg, self.run.root))
-        model: PreTrainedModel = self._models[who][1]
+        with self.lock:
+            if self._models.get(who, ("", None))[0] != key:
+                self.forget(who)
+                self.report.start(f"loading {called(who)}", 1, "model")
+                self._models[who] = (key, models.load_model(cfg, self.run.root))
+            model: PreTrainedModel = self._models[who][1]
         return model
 
     def _fingerprint(self, cfg: ModelConfig) -> str:
@@ -406,22 +273,6 @@ class Session:
     @property
     def _cache(self) -> Path:
         return self.run.root / ".fire" / "model-hashes.json"
-
-
-def _secret(cfg: ModelConfig) -> str | None:
-    """The key of a model's server, from the environment. Raises ConfigError if the variable is not set."""
-    if cfg.api_key_env is None:
-        return None
-    value = os.environ.get(cfg.api_key_env)
-    if not value:
-        text = f"the environment variable {cfg.api_key_env} is not set"
-        raise ConfigError(text, where=f"api_key_env of {cfg.model}", fix=f"export {cfg.api_key_env}=KEY")
-    return value
-
-
-def called(teacher: str) -> str:
-    """What messages call a model."""
-    return teacher if teacher in (TEACHER, "student", "base") else f"teacher {teacher}"
 
 
 def verify_checkpoint(part: Part, manifest: Manifest | None) -> None:

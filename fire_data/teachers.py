@@ -24,11 +24,11 @@ from fire_data.rules.tokens import fold
 from fire_data.schemas.config import ADDED_TEACHER, TEACHER
 from fire_data.schemas.errors import ConfigError, IncompleteError
 from fire_data.schemas.manifest import Manifest
-from fire_data.schemas.tables import ADDONS, JOINT, SCORES
+from fire_data.schemas.tables import ADDONS, JOINT, SCORES, TOPK_BOUND
 
 AVERAGE, CONFIDENT, TOKEN = "average", "confident", "token"
 EXACT = ("exact", "fake")  # a dry run has no distributions that its entropies could be a bound of
-TOPK_BOUND, MEAN_BOUND = "topk-lower-bound", "mean-of-teachers"
+MEAN_BOUND = "mean-of-teachers"
 
 MADE = ("teacher_logprob", "teacher_entropy")
 """Columns that a combination replaces."""

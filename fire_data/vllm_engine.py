@@ -9,7 +9,6 @@ process dies is not lost. Units: nats, tokens. Legend: `_T` response tokens of a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -23,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fire_data.engines import Progress, tail_bound
-from fire_data.sampling import Sampling
+from fire_data.sampling import Sampling, seed_of
 from fire_data.schemas.config import VllmConfig
 from fire_data.schemas.errors import ConfigError, DataError, EngineError, PartialError, TokenizerError
-from fire_data.schemas.tables import EVALUATED, FLOATS, IDS
+from fire_data.schemas.tables import EVALUATED, FLOATS, IDS, TOPK_BOUND
 from fire_data.vllm_process import Process
 from fire_data.vllm_worker import fire_vllm
 from fire_data.vocabulary import Vocabulary
@@ -88,7 +87,7 @@ class VllmEngine:
         self.holds_gpu = self.facts["device"] != "cpu" and not settings.keep
         self.exact = exact and self.facts["exact"]
         self.longest = self.facts["max_model_len"]
-        self.entropy_kind = "exact" if self.exact else "topk-lower-bound"
+        self.entropy_kind = "exact" if self.exact else TOPK_BOUND
 
     @property
     def pid(self) -> int:
@@ -221,12 +220,6 @@ def visible_gpus(device: str, count: int, visible: str | None) -> str | None:
         text = f"device {device} with {count} GPUs, and CUDA_VISIBLE_DEVICES names {len(names)}"
         raise ConfigError(text, fix="set the model's device or vllm.tensor_parallel_size")
     return ",".join(names[first : first + count])
-
-
-def seed_of(seed: int, trajectory_id: str) -> int:
-    """63 bits that belong to a seed and a trajectory: BLAKE2b of both."""
-    digest = hashlib.blake2b(f"{seed}\0{trajectory_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _arguments(settings: VllmConfig, dtype: str) -> dict[str, Any]:

@@ -109,7 +109,8 @@ SIGNALS = (
 # Both distributions at once: from an engine that holds the logits of both models.
 JOINT = ("reverse_kl", "forward_kl", "teacher_rank_of_student_top1")
 
-# Where an entropy is only a lower bound, how much probability the tokens hold that it was computed from.
+# The kind of an entropy from some of the tokens: a lower bound. The masses say how much probability those hold.
+TOPK_BOUND = "topk-lower-bound"
 MASSES = tuple(
     _token(f"{who}_entropy_mass", f"probability of the tokens {who}_entropy is a bound from", "0 to 1", optional=True)
     for who in ("student", "teacher")

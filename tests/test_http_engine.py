@@ -26,7 +26,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from fire_data.generate import TransformersGenerator  # noqa: E402
-from fire_data.http_dialect import Dialect, Malformed, read_sample, read_scores, seed_of  # noqa: E402
+from fire_data.http_dialect import Dialect, Malformed, read_sample, read_scores  # noqa: E402
 from fire_data.http_engine import HttpEngine, probe_difference  # noqa: E402
 from fire_data.http_probe import Abilities  # noqa: E402
 from fire_data.http_words import base_url  # noqa: E402
@@ -240,13 +240,6 @@ def test_logprobs_of_another_distribution_than_the_sampled_one_are_refused(
             logits_LV = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         right = processed_logprobs(logits_LV, sampling)[torch.arange(len(ids)), torch.tensor(ids)]
         assert np.abs(right.numpy() - logprobs).max() < 1e-4
-
-
-def test_seeds_belong_to_the_trajectory_and_fit_the_protocol() -> None:
-    seeds = {seed_of(s, name, draw) for s in (0, 1) for name in ("a", "b", "1a") for draw in (0, 1)}
-    assert len(seeds) == 12
-    assert all(0 <= s < 2**63 for s in seeds)
-    assert seed_of(5, "x", 0) == 2124313369951190493
 
 
 def test_responses_with_ids_that_not_all_models_have_are_drawn_again(

@@ -33,7 +33,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
         "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "training", "trainstate", "stream",
         "kept", "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe", "http_engine",
-        "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster", "ray_engine", "session",
+        "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster", "ray_engine", "outside",
+        "session",
     ),
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fire_data.sampling import Sampling, processed_logprobs, sample_tokens, uniforms
+from fire_data.sampling import Sampling, processed_logprobs, sample_tokens, seed_of, uniforms
 from fire_data.schemas.errors import ConfigError
 
 DRAWS = 20_000
@@ -25,6 +25,14 @@ def test_noise_depends_only_on_seed_trajectory_and_position() -> None:
     assert np.array_equal(long, uniforms(7, "a", 100))
     for other in (uniforms(8, "a", 100), uniforms(7, "b", 100), uniforms(71, "", 100)):
         assert not np.isin(other, long).any()
+
+
+def test_seeds_for_engines_with_their_own_noise_are_63_bits_of_seed_trajectory_and_attempt() -> None:
+    seeds = {seed_of(s, name, draw) for s in range(50) for name in ("a", "b", "ab", "1a") for draw in (0, 1)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+    assert seed_of(5, "x", 0) == 2124313369951190493
 
 
 def test_noise_never_changes_between_versions() -> None:

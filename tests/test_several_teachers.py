@@ -25,10 +25,11 @@ from fire_data import models, scoring, stages, verify
 from fire_data.create import fork_run, init_run, missing_paths
 from fire_data.diagnose import diagnose, measure
 from fire_data.engines import FakeScorer, tail_bound
+from fire_data.outside import Outside
 from fire_data.overview import check, status
 from fire_data.run import Run, open_run
 from fire_data.schedule import round_slots
-from fire_data.schemas.config import parse_config, parse_yaml, render_config
+from fire_data.schemas.config import ModelConfig, parse_config, parse_yaml, render_config
 from fire_data.schemas.errors import (
     ConfigError,
     DamagedError,
@@ -57,6 +58,7 @@ MakeRun = Callable[..., Run]
 # By place in round 0, two prompts to a shard of four rows: one shard without `code`, a mixed one, one without `math`.
 PLACES = ("math", "math", "math", "code", "code", "code")
 ROWS = 12
+LOAD = models.load_model  # before a test puts something else in its place
 URL = "http://127.0.0.1:9/v1"  # never asked: its place is taken by a model in this process
 MATH = (f"teachers.math.url={URL}",)
 BOTH = (*MATH, f"teachers.code.url={URL}")
@@ -518,6 +520,13 @@ class Farm:
         self.asked += rows["trajectory_id"].to_pylist()
         return work(rows)
 
+    def open(self, who: str, cfg: ModelConfig, ids: Any) -> Any:
+        """The engine of a model in a folder."""
+        self.opened.append(who)
+        if cfg.model not in self.models:
+            self.models[cfg.model] = LOAD(cfg.model_copy(update={"device": "cpu"}), Path())
+        return self.kinds.get(who, Exact)(TransformersEvaluator(self.models[cfg.model], ids, 8192, 1 << 28), self)
+
     def restart(self, fails_at: int | None = None, finishes: int = 0) -> list[str]:
         """Count anew. Gives the rows that were asked for since."""
         asked, self.asked, self.calls, self.fails_at, self.finishes = self.asked, [], 0, fails_at, finishes
@@ -528,19 +537,14 @@ class Farm:
 def farm(monkeypatch: pytest.MonkeyPatch) -> Farm:
     """Stands in for every server of a teacher: its model, loaded here."""
     made = Farm()
-    load = models.load_model
 
-    def server(self: Session, who: str, cfg: Any, ids: Any, *_: Any) -> Any:
+    def server(self: Outside, who: str, cfg: Any, ids: Any, *_: Any) -> Any:
         if who not in self._engines:
-            made.opened.append(who)
-            if cfg.model not in made.models:
-                made.models[cfg.model] = load(cfg.model_copy(update={"device": "cpu"}), self.run.root)
-            inner = TransformersEvaluator(made.models[cfg.model], ids, 8192, 1 << 28)
-            self._engines[who] = (cfg.model, made.kinds.get(who, Exact)(inner, made))  # type: ignore[assignment]
+            self._engines[who] = (cfg.model, made.open(who, cfg, ids))
         return self._engines[who][1]
 
-    monkeypatch.setattr(Session, "server", server)
-    monkeypatch.setattr(Session, "process", server)
+    monkeypatch.setattr(Outside, "server", server)
+    monkeypatch.setattr(Outside, "process", server)
     return made
 
 
@@ -579,18 +583,28 @@ def test_an_engine_is_made_once_whichever_thread_needs_it_first(
 ) -> None:  # fmt: skip
     """Two shards are made at a time where another process answers, and both need its engine at once."""
     run = copied(rolled_once, tmp_path / "run", *settings)
-    real, inside, most = getattr(Session, method), [0], [0]
+    inside, most = [0], [0]
 
-    def slow(self: Session, *arguments: Any) -> Any:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        threading.Event().wait(0.02)
-        try:
-            return real(self, *arguments)
-        finally:
+    class Slow:
+        """A model of the farm behind what stands for a process or a server, and takes its time to open."""
+
+        def __init__(self, source: Any, *_: Any, model: Any = None, vocabulary: Any, **more: Any) -> None:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            threading.Event().wait(0.02)
+            who = more.get("who") or more["log"].stem.removeprefix("vllm-")
+            self.inner = farm.open(who, ModelConfig(model=str(model or source)), vocabulary)
             inside[0] -= 1
 
-    monkeypatch.setattr(Session, method, slow)
+        def probe(self, *_: Any) -> dict[str, Any]:
+            return {}
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    monkeypatch.undo()
+    monkeypatch.setattr("fire_data.http_engine.HttpEngine", Slow)
+    monkeypatch.setattr("fire_data.vllm_engine.VllmEngine", Slow)
     score(Session(run), 0)
     assert farm.opened == names
     farm.opened.clear()

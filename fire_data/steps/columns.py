@@ -18,12 +18,13 @@ import pyarrow.compute as pc
 from fire_data import verify
 from fire_data.engines import Evaluator
 from fire_data.kept import Kept
+from fire_data.outside import called
 from fire_data.overview import start_over
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.errors import ConfigError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
-from fire_data.schemas.tables import FLOATS, FORMAT, addon_columns, conform
-from fire_data.session import Session, called
+from fire_data.schemas.tables import FLOATS, FORMAT, TOPK_BOUND, addon_columns, conform
+from fire_data.session import Session
 from fire_data.shards import Part, is_sealed, read_manifest, read_shard, sealed, write_shard
 from fire_data.stages import Stage, open_stage, run_stage
 from fire_data.steps import engines
@@ -34,9 +35,9 @@ from fire_data.steps.inputs import (
     score_fields,
     with_teacher_prompts,
 )
-from fire_data.steps.passes import Sweep, opened, plan_passes, require_joint, require_same_columns
+from fire_data.steps.passes import Sweep, plan_passes, require_joint, require_same_columns
 from fire_data.steps.passrate import count_prompts, pass_rate_fields, pass_rates
-from fire_data.teachers import EXACT, TOPK_BOUND
+from fire_data.teachers import EXACT
 
 _TRUNCATED = 0.1  # cut answers among the teacher's that are worth a word
 
@@ -153,7 +154,7 @@ def _base(session: Session, round: int, source: Manifest) -> Addon:
     ids = session.base_vocabulary
 
     def model() -> Evaluator:
-        return opened(session, lambda: engines.base_evaluator(session))
+        return engines.base_evaluator(session)
 
     def make(shard: Shard) -> pa.Table:
         rollouts = read_shard(source_part, receipts[shard.name])
@@ -237,7 +238,7 @@ def _teacher(session: Session, round: int, source: Manifest, name: str) -> Addon
         return _beside(part, shard, rollouts, columns)
 
     def model() -> Evaluator:
-        return opened(session, lambda: engines.teacher_evaluator(session, name))
+        return engines.teacher_evaluator(session, name)
 
     def stats(done: list[Receipt]) -> dict[str, Any]:
         columns = [c.name.removesuffix(f".{name}") for c in addon_columns(part.name or "") or () if c.per == "token"]

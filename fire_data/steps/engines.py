@@ -35,7 +35,7 @@ _OTHER_PROMPT = 1024  # tokens by which a teacher's own prompt may be longer tha
 
 def make_generator(session: Session, round: int) -> Generator:
     """The configured generation engine with the round's student."""
-    if session.places(session.run.config.rollout.engine):
+    if session.outside.places(session.run.config.rollout.engine):
         return _on_cluster(session, STUDENT, "generator", round)
     cfg, ids, stops = session.run.config, session.vocabulary, session.stop_ids
     if cfg.rollout.engine == "fake":
@@ -57,7 +57,7 @@ def teacher_generator(session: Session, name: str) -> Generator:
     """
     from fire_data import models
 
-    if session.places(teacher_engine(session, name)):
+    if session.outside.places(teacher_engine(session, name)):
         return _on_cluster(session, name, "teacher generator")
     cfg, teacher = session.run.config, session.run.teacher(name)
     ids, tokenizer = session.teacher_vocabulary(name), session.teacher_tokenizer(name)
@@ -87,7 +87,7 @@ def teacher_engine(session: Session, name: str) -> str:
 
 def joint_scorer(session: Session, round: int, name: str) -> Scorer:
     """Student and teacher together."""
-    if session.places(session.run.config.score.engine):
+    if session.outside.places(session.run.config.score.engine):
         return _on_cluster(session, name, "scorer", round)
     cfg = session.run.config.score
     if cfg.engine == "fake":
@@ -102,7 +102,7 @@ def joint_scorer(session: Session, round: int, name: str) -> Scorer:
 def student_evaluator(session: Session, round: int) -> Evaluator:
     """The round's student alone."""
     engine = session.run.config.score.engine
-    if session.places(engine):
+    if session.outside.places(engine):
         return _on_cluster(session, STUDENT, "student", round)
     if engine == "transformers":
         return _transformers(session, session.student(round), session.vocabulary)
@@ -112,7 +112,7 @@ def student_evaluator(session: Session, round: int) -> Evaluator:
 def teacher_evaluator(session: Session, name: str) -> Evaluator:
     """A teacher alone."""
     engine = teacher_engine(session, name)
-    if session.places(engine):
+    if session.outside.places(engine):
         return _on_cluster(session, name, "teacher")
     if engine == "fake":
         return FakeScorer(session.vocabulary, _suffix(session, name))
@@ -125,7 +125,7 @@ def teacher_evaluator(session: Session, name: str) -> Evaluator:
 def base_evaluator(session: Session) -> Evaluator:
     """The reference model alone, over the ids it shares with the others."""
     engine, cfg = base_engine(session), session.run.base()
-    if session.places(engine):
+    if session.outside.places(engine):
         return _on_cluster(session, BASE, "base")
     ids = session.base_vocabulary
     if engine == "fake":
@@ -146,7 +146,7 @@ def lanes(session: Session, engine: str) -> int:
 
     Responses differ in length: so many rows must wait that what the end of a shard leaves idle is filled.
     """
-    return (session.workers if session.places(engine) else 1) * _depth(session, engine)
+    return (session.outside.workers if session.outside.places(engine) else 1) * _depth(session, engine)
 
 
 def _depth(session: Session, engine: str) -> int:
@@ -164,13 +164,13 @@ def _on_cluster(session: Session, who: str, kind: str, round: int = 0) -> RayEng
     run = session.run
     recipe = {"root": str(run.root.resolve()), "config": run.config.model_dump(mode="json"), "kind": kind}
     engine = run.config.rollout.engine if kind == "generator" else run.config.score.engine
-    return session.placed(who, {**recipe, "round": round, "name": who}, _depth(session, engine))
+    return session.outside.placed(who, {**recipe, "round": round, "name": who}, _depth(session, engine))
 
 
 def remote(root: str, config: dict[str, Any], kind: str, round: int, name: str) -> Any:
     """The engine that a worker of a cluster makes for itself: what `kind` says, on this run."""
     session = Session(Run(Path(root), parse_config(config, "the configuration of the run")))
-    session.place = f"-{platform.node()}-{os.getpid()}"
+    session.outside.place = f"-{platform.node()}-{os.getpid()}"
     made: dict[str, Callable[[], Any]] = {
         "generator": lambda: make_generator(session, round),
         "teacher generator": lambda: teacher_generator(session, name),
@@ -230,9 +230,9 @@ def _placed(
     if who not in (STUDENT, BASE) and run.score.teacher_prompt == "own":
         longest += _OTHER_PROMPT
     if engine == "http":
-        return session.server(who + _WRITES * (how is not None), cfg, ids, stops, tokenizer, longest, how)
+        return session.outside.server(who + _WRITES * (how is not None), cfg, ids, stops, tokenizer, longest, how)
     # A teacher writes over all its own ids and scores over the shared ones: two processes, each with its mask.
-    return session.process(who + _WRITES * (how is not None and who != STUDENT), cfg, ids, stops, longest)
+    return session.outside.process(who + _WRITES * (how is not None and who != STUDENT), cfg, ids, stops, longest)
 
 
 def sampling(session: Session) -> Sampling:
@@ -251,7 +251,7 @@ def require_same_servers(session: Session, kept: Kept) -> None:
     path = kept.folder / "servers.json"
     known = files.read_json(path, "what servers said", fix="remove it") or {}
     mine = known.get(kept.fingerprint, {})
-    for who, probe in session.probes.items():
+    for who, probe in session.outside.probes.items():
         off = probe_difference(mine[who], probe) if who in mine else None
         if off is not None and off > _SAME_SERVER:
             text = f"the server of {who} gives other logprobs than when this stage was begun, by up to {off:.3g} nats"
@@ -262,5 +262,5 @@ def require_same_servers(session: Session, kept: Kept) -> None:
             text = f"the server of {who} gave entropies that are {kinds[0]} when this stage was begun, now {kinds[1]}"
             fix = f"serve the model as it was then, or: {kept.part.command} --redo"
             raise FingerprintError(text, where=str(probe.get("url")), fix=fix)
-    if session.probes:
-        files.replace_json(path, {kept.fingerprint: {**session.probes, **mine}}, kept.part.tmp)
+    if session.outside.probes:
+        files.replace_json(path, {kept.fingerprint: {**session.outside.probes, **mine}}, kept.part.tmp)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,7 +25,6 @@ from fire_data.stages import each_shard
 from fire_data.steps import engines
 from fire_data.steps.inputs import score_inputs
 
-_E = TypeVar("_E")
 _MASSES = {c.name for c in MASSES}
 
 
@@ -54,7 +52,7 @@ def plan_passes(session: Session, round: int, names: Iterable[str]) -> list[Pass
 
     def joint(name: str) -> Pass:
         def run(rows: pa.Table, k: int, signals: bool) -> pa.Table:
-            scorer = opened(session, lambda: engines.joint_scorer(session, round, name))
+            scorer = engines.joint_scorer(session, round, name)
             return scorer.score(rows, k=k, signals=signals)
 
         def finish() -> None:
@@ -64,12 +62,12 @@ def plan_passes(session: Session, round: int, names: Iterable[str]) -> list[Pass
         return Pass(name, frozenset([name]), cfg.engine, run, finish)
 
     def student(rows: pa.Table, k: int, signals: bool) -> pa.Table:
-        evaluator = opened(session, lambda: engines.student_evaluator(session, round))
+        evaluator = engines.student_evaluator(session, round)
         return evaluator.evaluate(_plain(rows, False))
 
     def teacher(name: str) -> Pass:
         def run(rows: pa.Table, k: int, signals: bool) -> pa.Table:
-            evaluator = opened(session, lambda: engines.teacher_evaluator(session, name))
+            evaluator = engines.teacher_evaluator(session, name)
             return evaluator.evaluate(_plain(rows, True))
 
         engine = engines.teacher_engine(session, name)
@@ -79,12 +77,6 @@ def plan_passes(session: Session, round: int, names: Iterable[str]) -> list[Pass
     alone = [Pass(engines.STUDENT, frozenset(apart), cfg.engine, student, rest, "student_")]
     # The student, which the first ones need beside a teacher, rests when it is needed no more.
     return [*(joint(n) for n in names if n not in apart), *(alone if apart else []), *(teacher(n) for n in apart)]
-
-
-def opened(session: Session, make: Callable[[], _E]) -> _E:
-    """An engine that is made when it is first needed: once, whichever of the threads that need it comes first."""
-    with session.lock:
-        return make()
 
 
 def require_joint(session: Session, names: Iterable[str], what: str) -> None:

@@ -16,10 +16,11 @@ import pyarrow as pa
 from fire_data import contract
 from fire_data.diagnose.checks import DRIFT_WARNING
 from fire_data.kept import Kept
+from fire_data.outside import called
 from fire_data.overview import start_over
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import MASSES, SIGNALS, conform
-from fire_data.session import Session, called
+from fire_data.schemas.tables import MASSES, SIGNALS, TOPK_BOUND, conform
+from fire_data.session import Session
 from fire_data.shards import Part, read_shard, sealed
 from fire_data.stages import Stage, run_stage
 from fire_data.steps import columns
@@ -125,7 +126,7 @@ def _entropy_kinds(session: Session, rows: pl.DataFrame, names: list[str]) -> di
         column = f"{'student' if name == 'student' else 'teacher'}_entropy_mass_least"
         mine = rows if name == "student" else rows.filter(routes == name)
         least = mine[column].min() if column in rows.columns else None
-        kinds[name] = "exact" if least is None or least == 1.0 else "topk-lower-bound"
+        kinds[name] = "exact" if least is None or least == 1.0 else TOPK_BOUND
     return kinds
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from fire_data.schemas.config import VllmConfig
 from fire_data.schemas.errors import ConfigError, EngineError
-from fire_data.vllm_engine import VllmEngine, seed_of
+from fire_data.vllm_engine import VllmEngine
 from fire_data.vllm_process import last_words
 from fire_data.vllm_worker import fire_vllm
 from tests.vllm_real.conftest import STOPS, VOCABULARY
@@ -62,14 +62,6 @@ def test_a_certain_token_has_entropy_zero_and_equal_tokens_share_a_rank() -> Non
     _, slots, ranks = fire_vllm.entropy_slots(certain, torch.tensor([1, 1]))
     assert slots[0].tolist() == [0.0, 0.0, 0.0]
     assert ranks.tolist() == [1, 1]
-
-
-def test_seeds_are_63_bits_of_seed_and_trajectory() -> None:
-    seeds = {seed_of(seed, name) for seed in range(50) for name in ("a", "b", "ab", "1a")}
-    assert len(seeds) == 200
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert max(seeds) > 2**62
-    assert seed_of(0, "t0") == 2475394822113780069
 
 
 @pytest.mark.parametrize("version", ["none", "another"])

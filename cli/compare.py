@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,18 @@ _SIGNAL = {"low-low": "low-low", "last": "last token", "late": "late"}
 
 
 def show_comparison(
-    run: Run, round: int | None, rules: str | None, late: int | None, plot: Path | None, as_json: bool
+    run: Run,
+    round: int | None,
+    rules: str | None,
+    late: int | None,
+    plot: Path | None,
+    as_json: bool,
+    carried: list[str],
 ) -> None:
-    """Compare rules on a round (default: the last that is scored), show what was found, and draw it if asked to."""
+    """Compare rules on a round (default: the last that is scored), show what was found, and draw it if asked to.
+
+    `carried`: what the next command needs of the options that were given.
+    """
     from fire_data.compare import DEFAULT
     from fire_data.steps.compare import check_plot, compare, write_plot
     from fire_data.steps.diagnose import last_scored
@@ -41,7 +51,7 @@ def show_comparison(
         _show_remarks(found)
     if plot is not None:
         say(f"plot: {plot}")
-    hint(found["next"])
+    hint(*shlex.split(found["next"]), *carried)
 
 
 def _show_kept(found: dict[str, Any]) -> None:

@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from . import completion
 from .errors import guarded, say
-from .options import Json, RunArg, Set, open_run
+from .options import Json, RunArg, Set, SomeRound, Weights, carried, flag, open_run
+from .progress import size_text
 from .terminal import Terminal, hint, show, show_one
 
 
 @guarded
-def status(run: RunArg, as_json: Json = False) -> None:
-    """Which stages of which rounds are done."""
-    from fire_data import overview
+def status(
+    run: RunArg,
+    watch: Annotated[bool, flag("--watch", help="look again and again while another process works on the run")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="of --watch: how often")] = 2.0,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="of --watch: until N rounds are trained; default: one more than now"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What is done, how far the rest is, and what is next.
 
-    opened = open_run(run)
-    rows = overview.status(opened)
-    if rows or as_json:
-        show(rows, as_json)
-    hint(overview.next_command(opened))
+    --watch adds tokens per second and the time left of each stage. It may be
+    started before the run is there, ends with 0 when the rounds are trained,
+    and with 130 by Ctrl-C. With --json it prints a line for every change.
+    """
+    if watch:
+        from .watch import watch_status
+
+        watch_status(run, every, rounds, as_json)
+    else:
+        from .status import show_status
+
+        show_status(run, as_json)
 
 
 @guarded
 def check(run: RunArg, as_json: Json = False) -> None:
-    """Compare every finished file with its receipt; exit 3 if one differs."""
+    """Compare every finished file with its receipt.
+
+    Reads every byte. Exit 3 if a file differs or is missing, with the command
+    that makes it again.
+    """
     from fire_data import overview
 
     opened = open_run(run)
@@ -38,6 +59,7 @@ def check(run: RunArg, as_json: Json = False) -> None:
         hint(damage[0]["fix"])
         raise typer.Exit(3)
     say("every file is as its receipt says")
+    hint(overview.next_command(opened))
 
 
 @guarded
@@ -46,29 +68,44 @@ def inspect(
     which: Annotated[
         str, typer.Argument(metavar="TRAJECTORY", help="row number or beginning of a trajectory_id")
     ] = "0",
-    round: Annotated[int | None, typer.Option("--round", min=0, help="default: the last with rollouts")] = None,
-    name: Annotated[str | None, typer.Option(help="folder under weights/")] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="the columns of every table with units")] = False,
+    round: SomeRound = None,
+    name: Weights = None,
+    schema: Annotated[bool, flag("--schema", help="the columns of every table with units")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show one trajectory with its tokens coloured by weight and the numbers under them."""
+    """One trajectory, its tokens coloured by weight.
+
+    Under the text a table of its tokens: weight, coefficient and advantage,
+    log probabilities and entropies of student (S) and teacher (T) in nats, and
+    the rank of the token for the teacher.
+    """
+    from fire_data.shards import is_sealed
+
     from .inspect import show_schema, show_trajectory
 
     if schema:
         show_schema(as_json)
         return
     opened = open_run(run)
-    show_trajectory(opened, opened.last_round() if round is None else round, which, name, as_json)
+    number = opened.last_round() if round is None else round
+    show_trajectory(opened, number, which, name, as_json)
+    if is_sealed(opened.part("weights", number, name)):
+        chosen = [] if name is None else ["--name", name]
+        hint("fire", "explain", run, which, "--round", number, *chosen)
 
 
 @guarded
 def diagnose(
     run: RunArg,
-    round: Annotated[int | None, typer.Option("--round", min=0, help="default: the last with scores")] = None,
-    name: Annotated[str | None, typer.Option(metavar="WEIGHTS", help="folder under weights/")] = None,
+    round: SomeRound = None,
+    name: Weights = None,
     as_json: Json = False,
 ) -> None:
-    """Check FiRe's premise and known pathologies on the scores; no model is loaded."""
+    """Does FiRe's premise hold here, and what looks ill?
+
+    Reads the scores; no model is loaded. Every finding says what was measured,
+    why it matters and what to do.
+    """
     from .diagnose import show_diagnosis
 
     show_diagnosis(open_run(run), round, name, as_json)
@@ -82,28 +119,40 @@ def compare(
         typer.Option(
             metavar="A,B,...",
             help="names, a+b or file.py:Class, each with parameters in square brackets; default: fire and controls",
+            autocompletion=completion.rules,
         ),
     ] = None,
-    round: Annotated[int | None, typer.Option("--round", min=0, help="default: the last with scores")] = None,
+    round: SomeRound = None,
     late: Annotated[
-        int | None, typer.Option(min=0, help="the first position that counts as late; default: by the 75 % quantile")
+        int | None,
+        typer.Option(min=0, metavar="N", help="the first position that counts as late; default: by the 75 % quantile"),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw it as .svg or .png")] = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Compare rules on one scored table: what each keeps, where its signal is, how far they agree."""
+    """Several rules on the same scores, side by side.
+
+    What each keeps, how its weights are spread, where its signal is, and how
+    far the rules agree. No model is loaded and no weights are written.
+    """
     from .compare import show_comparison
 
-    show_comparison(open_run(run, overrides), round, rules, late, plot, as_json)
+    opened = open_run(run, overrides)
+    show_comparison(opened, round, rules, late, plot, as_json, carried(opened, overrides))
 
 
 @guarded
 def rules(
-    name: Annotated[str | None, typer.Argument(help="one rule in full: a name, a+b, or file.py:Class")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="one rule in full: a name, a+b, or file.py:Class", autocompletion=completion.rules
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the rules, or show one with formula, parameters and source."""
+    """All rules, or one with formula, parameters and source."""
     from .rules import show_rule, show_rules
 
     if name is not None:
@@ -115,21 +164,52 @@ def rules(
 
 @guarded
 def env(as_json: Json = False) -> None:
-    """Versions, devices and threads: what to paste into a bug report."""
+    """Versions and hardware, to paste into a bug report.
+
+    Keys and tokens are left out, whatever they are called; home folders and
+    user names are hidden.
+    """
     from fire_data.environment import environment
 
-    show_one(environment(), as_json)
+    found = environment()
+    show_one(found if as_json else _for_people(found), as_json)
+
+
+def _for_people(found: dict[str, Any]) -> dict[str, Any]:
+    """Facts in the same order, one package a line, sizes with units, and what is missing in one line."""
+    lines: dict[str, Any] = {}
+    for name, value in found.items():
+        if name == "packages":
+            lines |= {package: version for package, version in value.items() if version}
+            lines["not installed"] = [package for package, version in value.items() if not version] or None
+        elif name == "devices":
+            lines[name] = [", ".join(size_text(v) if k == "memory_bytes" else v for k, v in d.items()) for d in value]
+        elif name == "variables":
+            lines |= value
+        else:
+            lines[name.removesuffix("_bytes")] = size_text(value) if name.endswith("_bytes") and value else value
+    return {name: value for name, value in lines.items() if value is not None}
 
 
 @guarded
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="where the small world and its runs go")],
-    rule: Annotated[str, typer.Option(help="the rule to run beside uniform")] = "fire",
-    rounds: Annotated[int | None, typer.Option(min=1, help="refresh rounds of each arm")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="of the world, the sampling and the order of prompts")] = 0,
+    rule: Annotated[
+        str,
+        typer.Option(metavar="RULE", help="the rule to run beside uniform", autocompletion=completion.rules),
+    ] = "fire",
+    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="rounds of each arm; default: 12")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="of the world, the sampling and the order of prompts")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Make a small world, a teacher and a weak student, and distil: the whole loop in minutes on a CPU."""
+    """The whole loop on a small world, in minutes on a CPU.
+
+    Makes a task, a teacher and a weak student, distils by the rule and, from
+    the same student and seed, by `uniform`, and draws both learning curves. It
+    leaves two ordinary runs to look at.
+    """
     from fire_data.demo.arms import run_demo
 
     with Terminal() as terminal:

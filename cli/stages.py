@@ -1,14 +1,31 @@
-"""The commands of a round: make a run, roll out, score, weigh, train, evaluate, and the loop over all of them."""
+"""The commands of a round: make a run, roll out, score, weigh, train, and the loop over all of them."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import completion
 from .errors import guarded, say
-from .options import Address, Json, Ray, Redo, Round, RunArg, Set, cluster, open_run, round_of
+from .options import (
+    Address,
+    Json,
+    Ray,
+    Redo,
+    Round,
+    Rule,
+    RunArg,
+    Set,
+    carried,
+    chosen,
+    cluster,
+    flag,
+    open_run,
+    round_of,
+)
 from .terminal import Terminal, hint, show, show_one
 
 
@@ -22,17 +39,28 @@ def _shown(stats: dict[str, Any]) -> dict[str, Any]:
 @guarded
 def init(
     run: RunArg,
-    student: Annotated[str | None, typer.Option(help="Hub id or folder of the student")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Hub id or folder of the teacher")] = None,
-    prompts: Annotated[str | None, typer.Option(help="JSONL, Parquet or hf://datasets/...")] = None,
-    held_out: Annotated[str | None, typer.Option(help="prompts with answers for evaluation")] = None,
-    rule: Annotated[str | None, typer.Option(help="a name from `fire rules`")] = None,
-    raw: Annotated[bool | None, typer.Option("--raw", help="no chat template (base models)")] = None,
+    student: Annotated[str | None, typer.Option(metavar="MODEL", help="who learns: Hub id or folder")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="from whom: Hub id or folder")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="JSONL, Parquet or hf://datasets/...")] = None,
+    held_out: Annotated[str | None, typer.Option(metavar="FILE", help="prompts with answers, for `fire eval`")] = None,
+    rule: Rule = None,
+    raw: Annotated[bool | None, flag("--raw", help="no chat template (base models)")] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", help="another run: reuse its round-0 rollouts and scores")
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="another run: its settings, and its round-0 rollouts and scores where they still fit",
+            autocompletion=completion.runs,
+        ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Write a commented fire.yaml into a new run directory."""
+    """Make a run: a folder with a commented fire.yaml.
+
+    Every setting is in that file, with its default and a line of why. Nothing
+    is downloaded or computed yet.
+    """
     from fire_data.create import fork_run, init_run, missing_paths
     from fire_data.schemas.errors import ConfigError
 
@@ -52,9 +80,13 @@ def init(
         )
     else:
         init_run(run, values)
-    for missing in missing_paths(run):
-        say(f"warning: {missing}")
-    typer.echo(str(run / "fire.yaml"))
+    missing = missing_paths(run)
+    for path in missing:
+        say(f"warning: {path}")
+    if as_json:
+        show_one({"run": str(run), "config": str(run / "fire.yaml"), "missing": missing}, True)
+    else:
+        typer.echo(str(run / "fire.yaml"))
     hint(*(("fire", "rollout", run) if source is None else ("fire", "run", run, "--rounds", 1)))
 
 
@@ -68,7 +100,11 @@ def rollout(
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Let the student answer the round's prompts."""
+    """The student answers the round's prompts.
+
+    Reads the prompts, writes RUN/rollouts, shard by shard. What is finished
+    stays: after a kill the same command continues.
+    """
     opened = open_run(run, overrides)
     number = round_of(opened, round)
     from fire_data.session import Session
@@ -77,7 +113,7 @@ def rollout(
     with Terminal() as terminal, Session(opened, terminal, cluster(opened, ray, address)) as session:
         manifest = step(session, number, redo=redo)
     show_one({"round": number, **_shown(manifest.stats)}, as_json)
-    hint("fire", "score", run)
+    hint("fire", "score", run, *carried(opened, overrides, round=number, ray=ray, address=address))
 
 
 @guarded
@@ -85,21 +121,35 @@ def score(
     run: RunArg,
     add: Annotated[
         list[str] | None,
-        typer.Option(metavar="COLUMNS", help="columns beside those of score.add: topk, base, pass-rate, teacher.NAME"),
+        typer.Option(
+            metavar="COLUMNS",
+            help="columns beside those of score.add: topk, base, pass-rate, teacher.NAME",
+            autocompletion=completion.added,
+        ),
     ] = None,
     teachers: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="score all rows with these teachers, or `all`, side by side")
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="score all rows with these teachers, or `all`, side by side",
+            autocompletion=completion.teachers,
+        ),
     ] = None,
     round: Round = None,
     redo: Annotated[
-        bool, typer.Option("--redo", help="set the scores, or the columns of --add, and all made from them aside first")
+        bool, flag("--redo", help="set the scores, or the columns of --add, and all made from them aside first")
     ] = False,
     ray: Ray = False,
     address: Address = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate student and teacher on every token the student wrote; further columns are made where they lack."""
+    """Student and teacher rate every token the student wrote.
+
+    Reads RUN/rollouts, writes RUN/scores: log probabilities, entropies and
+    divergences of both models, in nats. Any rule can then be tried without a
+    model. Columns of --add are stored beside the scores, where they lack.
+    """
     opened = open_run(run, overrides)
     number = round_of(opened, round)
     every = opened.teacher_addons(teachers) if teachers is not None else ()
@@ -113,51 +163,119 @@ def score(
     show_one({"round": number, **_shown(manifest.stats), **added}, as_json)
     from fire_data.overview import next_command
 
-    following = next_command(opened)
-    hint(*((following,) if " --add " in following else ("fire", "weigh", run)))
+    following = shlex.split(next_command(opened))
+    if "--add" in following:
+        hint(*following, *carried(opened, overrides, ray=ray, address=address))
+    elif following[1] == "verify":
+        hint(*following, *carried(opened, overrides))
+    else:
+        hint("fire", "weigh", run, *carried(opened, overrides, round=number))
 
 
 @guarded
 def weigh(
     run: RunArg,
-    rule: Annotated[str | None, typer.Option(help="a name from `fire rules`, or 'weight = ...; keep = ...'")] = None,
-    name: Annotated[str | None, typer.Option(help="folder under weights/; default: the rule's name")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="a name from `fire rules`, several joined by +, or 'weight = ...; keep = ...'",
+            autocompletion=completion.rules,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="folder under weights/; default: the rule's name", autocompletion=completion.weights
+        ),
+    ] = None,
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", metavar="KEY=VALUE", help="a parameter of the rule")
     ] = None,
-    scope: Annotated[str | None, typer.Option(help="trajectory, group, step or round, for every statistic")] = None,
-    denominator: Annotated[str | None, typer.Option(help="tokens, all_tokens, sequences or constant")] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCOPE",
+            help="trajectory, group, step or round, for every statistic",
+            autocompletion=completion.scopes,
+        ),
+    ] = None,
+    denominator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="tokens, all_tokens, sequences or constant", autocompletion=completion.denominators
+        ),
+    ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="of several: routed, average, confident, token, or the name of one")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="of several: routed, average, confident, token, or the name of one",
+            autocompletion=completion.combinations,
+        ),
     ] = None,
     round: Round = None,
     redo: Redo = False,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Turn scores into one coefficient per token by a rule; no model is loaded."""
+    """A rule turns scores into one coefficient per token.
+
+    Reads RUN/scores, writes RUN/weights/NAME: seconds on a CPU, and no model.
+    Other rules can be tried on the same scores; what is trained stays what
+    fire.yaml says.
+    """
     from fire_data.create import with_rule
     from fire_data.steps.weigh import weigh as step
 
-    chosen = [f"weigh.teacher={teacher}"] if teacher is not None else []
-    opened = with_rule(open_run(run, [*(overrides or []), *chosen]), rule, name, param or [], scope, denominator)
+    configured = open_run(run, overrides)
+    of = [f"weigh.teacher={teacher}"] if teacher is not None else []
+    opened = with_rule(open_run(run, [*(overrides or []), *of]), rule, name, param or [], scope, denominator)
     number = round_of(opened, round)
     weights = opened.config.weights_name
     with Terminal() as terminal:
         manifest = step(opened, number, terminal, redo=redo)
     stats = {k: v for k, v in manifest.stats.items() if k not in ("rule", "steps", "weight_sum", "weight_squares")}
     show_one({"rule": weights, "round": number, **stats}, as_json)
-    combined = [] if teacher is None else ["--set", f"weigh.teacher={teacher}"]
-    trained = combined if weights == opened.config.trained_weights else ["--set", f"train.weights={weights}"]
     if opened.current_round() > number:
         hint("fire", "inspect", run, "--round", number, "--name", weights)
-    else:
-        hint("fire", "train", run, *trained)
+        return
+    # Training compares what goes by the name it trains with the settings; weights of another name are as they are.
+    same = weights == opened.config.trained_weights
+    needed = chosen(configured, opened) if same else [f"train.weights={weights}"]
+    hint("fire", "train", run, *carried(opened, [*(overrides or []), *needed], round=number))
 
 
 @guarded
-def train(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set = None, as_json: Json = False) -> None:
-    """Execute the coefficients and export the student."""
+def train(
+    run: RunArg,
+    round: Round = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="HUB", help="hf://datasets/user/name: make RUN of this shared dataset first"),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="with --from: who wrote the dataset's responses, Hub id or folder"),
+    ] = None,
+    redo: Redo = False,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train the student by its coefficients and export it.
+
+    Reads RUN/scores and the weights named by train.weights, writes
+    RUN/checkpoints, a model in Hugging Face format.
+    """
+    if source is not None:
+        from fire_data.hub.start import start_from
+
+        with Terminal() as terminal:
+            round = start_from(run, source, student, round, terminal)
+    elif student is not None:
+        from fire_data.schemas.errors import ConfigError
+
+        raise ConfigError("--student goes with --from", fix=f"fire train {run} --set student.model={student}")
     opened = open_run(run, overrides)
     number = round_of(opened, round)
     from fire_data.session import Session
@@ -167,17 +285,24 @@ def train(run: RunArg, round: Round = None, redo: Redo = False, overrides: Set =
         manifest = step(session, number, redo=redo)
     checkpoint = str(opened.part("checkpoints", number).folder)
     show_one({"round": number, "checkpoint": checkpoint, **manifest.stats}, as_json)
-    hint("fire", "run", run, "--rounds", number + 2)
+    if source is not None:  # whose prompts and teacher may be elsewhere
+        hint("fire", "eval", run, "--set", "eval.prompts=FILE")
+    else:
+        hint("fire", "run", run, "--rounds", number + 2, *carried(opened, overrides))
 
 
 @guarded
 def run_rounds(
     run: RunArg,
-    rounds: Annotated[int, typer.Option(min=1, help="rounds in all, not more rounds")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="rounds in all, not more rounds")] = 1,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Refresh rounds: rollout, score, weigh, train and evaluate, again and again."""
+    """Round after round: rollout, score, weigh, train, eval.
+
+    Each round's student writes the next one's answers. Finished rounds are left
+    alone, and after a kill the same command continues.
+    """
     opened = open_run(run, overrides)
     from fire_data.session import Session
     from fire_data.steps.refresh import refresh
@@ -186,26 +311,3 @@ def run_rounds(
         table = refresh(session, rounds)
     show(table, as_json)
     hint("fire", "inspect", run)
-
-
-@guarded
-def evaluate(
-    run: RunArg,
-    round: Annotated[
-        int | None, typer.Option("--round", min=0, help="the student after this round; default: the last")
-    ] = None,
-    start: Annotated[bool, typer.Option("--start", help="the student before training")] = False,
-    redo: Redo = False,
-    overrides: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Accuracy on held-out prompts: greedy, avg@n, pass@k."""
-    opened = open_run(run, overrides)
-    from fire_data.session import Session
-    from fire_data.steps.evaluate import evaluate as step
-
-    last = opened.current_round() - 1
-    number = None if start or (round is None and last < 0) else last if round is None else round
-    with Terminal() as terminal, Session(opened, terminal) as session:
-        manifest = step(session, number, redo=redo)
-    show_one({"round": "start" if number is None else number, **manifest.stats}, as_json)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,41 +14,67 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .errors import say, visible, visible_lines
+from .progress import Lines, Task, bars, can_draw
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
+    from rich.table import Table
 
 _GAP = 2  # blanks between columns
 _NARROW = 16  # cells
 
 
 class Terminal(AbstractContextManager["Terminal"]):
-    """A Reporter that draws one progress bar a stage on stderr and prints notes above it."""
+    """A Reporter on stderr: notes, and how far a stage is, as a bar above which notes scroll, or as a few lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-        columns = (
-            TextColumn("{task.description:<28}", markup=False),
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}", markup=False),
-        )
-        self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
-        self.task: Any = None
+        self.clock = clock
+        self.task: Task | None = None
+        self.lines = Lines(self.note)
+        self.bars = bars(self.console, clock) if can_draw(self.console) else None
+        self.shown: dict[str, TaskID] = {}
+        self.lock = threading.RLock()  # shards that are made in threads load what they need
 
-    def start(self, what: str, total: int, unit: str) -> None:
-        if self.task is None:
-            self.progress.start()
+    def start(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self.task = Task(visible(what), total, unit, done, self.clock())
+        if self.bars is None:
+            self.lines.started(self.task)
         else:
-            self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(visible(what), total=total, unit=unit)
+            self._hide("waiting", "task")
+            self._draw("task", self.task.what, total=total, completed=done, of=self.task)
 
-    def advance(self, count: int) -> None:
-        if self.task is not None:
-            self.progress.advance(self.task, count)
+    def advance(self, count: int, tokens: int = 0) -> None:
+        if self.task is None:
+            return
+        self.task.advance(count, tokens, self.clock())
+        if self.bars is None:
+            self.lines.advanced(self.task)
+        else:
+            self._hide("waiting")
+            self.bars.advance(self.shown["task"], count)
+
+    def busy(self, what: str) -> None:
+        if self.bars is None:
+            self.note(what)
+        else:
+            self._hide("waiting")
+            self._draw("waiting", visible(what), total=None, of=None)
+
+    def _draw(self, name: str, text: str, **values: Any) -> None:
+        assert self.bars is not None
+        with self.lock:
+            self.shown[name] = self.bars.add_task(text, **values)
+            self.bars.start()
+
+    def _hide(self, *names: str) -> None:
+        with self.lock:
+            for name in names:
+                if self.bars is not None and name in self.shown:
+                    self.bars.remove_task(self.shown.pop(name))
 
     def note(self, text: str) -> None:
         self.console.print(visible_lines(text), style="dim", soft_wrap=True)
@@ -60,8 +88,8 @@ class Terminal(AbstractContextManager["Terminal"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.task is not None:
-            self.progress.stop()
+        if self.bars is not None:
+            self.bars.stop()
 
 
 def hint(*command: object) -> None:
@@ -75,6 +103,14 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None
     if as_json:
         typer.echo(json.dumps(list(rows), ensure_ascii=False, indent=1, default=str))
         return
+    table, needed = as_table(rows, title)
+    console = stdout()
+    # What does not fit even so is wrapped by the terminal.
+    stdout(width=max(console.width, needed)).print(table)
+
+
+def as_table(rows: Sequence[dict[str, Any]], title: str | None = None) -> tuple[Table, int]:
+    """Rows as a table, and the cells that it needs at least for no digit to be lost."""
     from rich.cells import cell_len
     from rich.table import Table
 
@@ -103,9 +139,7 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None
         needed += width
     for i in range(len(rows)):
         table.add_row(*(cells[i] for cells in columns.values()))
-    console = stdout()
-    # What does not fit even so is wrapped by the terminal.
-    stdout(width=max(console.width, needed)).print(table)
+    return table, needed
 
 
 def stdout(**options: Any) -> Console:
@@ -122,7 +156,7 @@ def stdout(**options: Any) -> Console:
 def _numeric(value: Any) -> bool:
     """True for numbers, formatted ones included, and for nothing."""
     if isinstance(value, str):
-        return value != "" and value.strip("+-.0123456789e") == ""
+        return value != "" and value.strip("+-.,:0123456789e") == ""
     return value is None or isinstance(value, int | float)
 
 

@@ -280,7 +280,7 @@ def _tokenizer(run: Run, who: str, cfg: ModelConfig, report: Reporter) -> Any:
     """A model's tokenizer from the files that are here; None, and a warning, if they cannot be read here."""
     from fire_data import models
 
-    report.start(f"reading the tokenizer of {who}", 1, "model")
+    report.busy(f"reading the tokenizer of {who}")
     try:
         return models.load_tokenizer(_here(run, cfg), run.root)
     except (DataError, ImportError) as error:

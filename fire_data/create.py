@@ -61,7 +61,10 @@ def fork_run(source: Run, root: Path, changes: dict[str, Any]) -> Run:
 def missing_paths(root: Path) -> list[str]:
     """Local prompts files and things that look like model folders, but are not there, in words."""
     config = open_run(root).config
-    files_ = {"prompts.path": config.prompts.path, "eval.prompts": config.eval.prompts}
+    held_out = config.eval.prompts
+    named = held_out if isinstance(held_out, dict) else {}
+    files_ = {"prompts.path": config.prompts.path, "eval.prompts": held_out if isinstance(held_out, str) else None}
+    files_ |= {f"eval.prompts.{name}": path for name, path in named.items()}
     given = {"student": config.student, "teacher": config.teacher, "base": config.base}
     given |= {f"teachers.{name}": cfg for name, cfg in config.teachers.items()}
     models = {f"{name}.model": cfg and cfg.model for name, cfg in given.items()}
@@ -77,6 +80,8 @@ def _anchored(values: dict[str, Any], base: Path, root: Path) -> dict[str, Any]:
     models = [result.get(section) for section in ("student", "teacher", "base")]
     models += (result.get("teachers") or {}).values()
     places = [(model, key) for model in models for key in ("model", "chat_template")]
+    held_out = (result.get("eval") or {}).get("prompts")
+    places += [(held_out, name) for name in held_out] if isinstance(held_out, dict) else []
     for section, key in [*places, (result.get("prompts"), "path"), (result.get("eval"), "prompts")]:
         if not isinstance(section, dict):
             continue
@@ -84,13 +89,14 @@ def _anchored(values: dict[str, Any], base: Path, root: Path) -> dict[str, Any]:
         if isinstance(value, str) and not Path(value).expanduser().is_absolute() and (base / value).exists():
             # Resolved, because `..` behind a symbolic link leads elsewhere than the text says.
             section[key] = os.path.relpath(base.resolve() / value, root.resolve())
-    rule = (result.get("weigh") or {}).get("rule")
-    if isinstance(rule, str):
 
-        def moved(file: str) -> str:
-            return os.path.relpath(base.resolve() / file, root.resolve()) if (base / file).exists() else file
+    def moved(file: str) -> str:
+        return os.path.relpath(base.resolve() / file, root.resolve()) if (base / file).exists() else file
 
-        result["weigh"]["rule"] = own.moved(rule, moved)
+    for name, key in (("weigh", "rule"), ("verify", "kind")):  # each may be in a file of the user's
+        text = (result.get(name) or {}).get(key)
+        if isinstance(text, str):
+            result[name][key] = own.moved(text, moved)
     return result
 
 

@@ -96,7 +96,7 @@ class Outside:
         from fire_data.ray_cluster import connect
 
         if self._cluster is None:
-            self.report.start("connecting to Ray", 1, "cluster")
+            self.report.busy("connecting to Ray")
             engines = (self.run.config.rollout.engine, self.run.config.score.engine)
             gpus = self.run.config.vllm.tensor_parallel_size if "vllm" in engines else 1
             self._cluster = connect(self.ray or RayConfig(), threads=self.run.config.threads, gpus=gpus)
@@ -113,7 +113,7 @@ class Outside:
         key = digest(arguments)
         if self._engines.get(who, ("", None))[0] != key:
             self.end(*(name for name, (_, engine) in self._engines.items() if isinstance(engine, RayEngine)))
-            self.report.start(f"placing {called(who)} on {self.workers} workers", 1, "model")
+            self.report.busy(f"placing {called(who)} on {self.workers} workers")
             recipe = Recipe("fire_data.steps.engines:remote", arguments, (arguments["root"],))
             made = RayEngine(self._connected(), recipe, report=self.report, depth=depth)
             self._engines[who] = (key, made)
@@ -137,11 +137,11 @@ class Outside:
         known, engine = self._engines.get(who, ("", None))
         assert engine is None or isinstance(engine, VllmEngine)
         if engine is not None and known != key:
-            self.report.start(f"loading {who}", 1, "model")
+            self.report.busy(f"loading {who}")
             engine.load(folder)
             self._engines[who] = (key, engine)
         elif engine is None:
-            self.report.start(f"starting vllm for {who}", 1, "model")
+            self.report.busy(f"starting vllm for {who}")
             log = self.run.root / ".fire" / "logs" / f"vllm-{who.replace(' ', '-')}{self.place}.log"
             made = VllmEngine(
                 folder, dtype=cfg.dtype, device=cfg.device, settings=self.run.config.vllm, vocabulary=ids,
@@ -176,7 +176,7 @@ class Outside:
                 api_key=_secret(cfg), vocabulary=ids, stop_ids=stops,
                 entropy_topk=self.run.config.score.entropy_topk, who=who, warn=self.report.warn,
             )  # fmt: skip
-            self.report.start(f"probing the server of {who}", 1, "server")
+            self.report.busy(f"probing the server of {who}")
             try:
                 self.probes[who] = made.probe(tokenizer, longest, sampling)
             except FireError:

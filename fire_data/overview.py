@@ -10,28 +10,23 @@ from fire_data import files
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.schemas.tables import added_by
 from fire_data.shards import VERBS, Part, intact, is_sealed, read_manifest, read_receipt
 from fire_data.stages import Reporter, set_stage_aside
 
 
 def parts(run: Run) -> list[Part]:
     """Every stage of every round that was started, in the order in which they are made."""
-    found = []
-    if run.part("evals", "start").manifest_path.exists():
-        found.append(run.part("evals", "start"))
+    benchmarks = [None, *run.names("evals")]
+    starts = [run.part("evals", "start", name) for name in benchmarks]
+    found = [p for p in starts if p.manifest_path.exists()]
     for number in run.rounds():
         stages = [run.part(s, number) for s in ("rollouts", "scores")]
-        stages += [run.part("addons", number, n) for n in _names(run, "addons")]
-        stages += [run.part("weights", number, n) for n in _names(run, "weights")]
-        stages += [run.part("checkpoints", number), run.part("evals", number)]
+        stages += [run.part("addons", number, n) for n in run.names("addons")]
+        stages += [run.part("weights", number, n) for n in run.names("weights")]
+        stages += [run.part("checkpoints", number), *(run.part("evals", number, name) for name in benchmarks)]
         found += [p for p in stages if p.manifest_path.exists()]
     return found
-
-
-def _names(run: Run, stage: str) -> list[str]:
-    """The folders under `addons/` or `weights/` that were started."""
-    folder = run.root / ".fire" / "manifests" / stage
-    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
 
 def status(run: Run) -> list[dict[str, Any]]:
@@ -68,7 +63,7 @@ def next_command(run: Run) -> str:
     if number and part.stage == "rollouts" and not part.manifest_path.exists():
         return shlex.join(["fire", "run", str(run.root), "--rounds", str(number + 1)])
     if part.stage == "addons" and part.name not in run.config.score.add:
-        return shlex.join(["fire", "score", str(run.root), "--add", str(part.name)])
+        return added_by(str(part.name), shlex.quote(str(run.root)))
     if part.stage == "weights" and part.name != run.config.weights_name:
         return part.command
     return shlex.join(["fire", VERBS[part.stage], str(run.root)])
@@ -131,7 +126,7 @@ def start_over(run: Run, stage: str, number: int | str, report: Reporter, name: 
     Raises ConfigError, before anything is moved, if the training state that the round starts from is gone.
     """
     if not isinstance(number, int) or stage == "evals":
-        part = run.part("evals", number)  # nothing is made from an evaluation
+        part = run.part("evals", number, name)  # nothing is made from an evaluation
         there = part.manifest_path.exists()
         set_stage_aside(part)
         return _told([part.label] * there, part, report)

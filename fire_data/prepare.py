@@ -17,7 +17,7 @@ from fire_data.rules.base import GROUP, KEY, ROW, STEP, sources, trajectory_keys
 from fire_data.rules.evaluate import check
 from fire_data.schemas.config import Denominator
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
-from fire_data.schemas.tables import FLOAT_SIGNALS, JOINT, SCORES, WEIGHTS, addon_of
+from fire_data.schemas.tables import FLOAT_SIGNALS, JOINT, REWARD, SCORES, WEIGHTS, added_by, addon_of
 from fire_data.teachers import MADE, ROUTED, Teachers, combine, require_common, require_exact, require_stored
 
 OUTPUT = [c.name for c in WEIGHTS if c.name != "trajectory_id"]
@@ -186,7 +186,7 @@ def _missing(name: str, have: list[str], run: str) -> tuple[str, str] | None:
     """What to say of a column that the table could have but has not, and what adds it."""
     addon = addon_of(name)
     if addon is not None:
-        return f"{name!r}, which is not stored yet", f"fire score {run} --add {addon}"
+        return f"{name!r}, which is not stored yet", added_by(addon, run)
     base = next((s for s in sources(name) if s not in have), name)
     if base not in {c.name for c in SCORES}:
         return None
@@ -244,8 +244,8 @@ def check_values(lf: pl.LazyFrame, weighing: Weighing, run: str = "RUN") -> None
     made = () if weighing.teachers.routed else MADE  # from columns that are looked at themselves
     for name in (c for c in weighing.columns if c not in made):
         type_ = schema[name]
-        again = f" --add {addon}" if (addon := addon_of(name)) else ""
-        fix = f"fire score {run}{again} --redo"
+        addon = addon_of(name)
+        fix = f"{added_by(addon, run) if addon else f'fire score {run}'} --redo"
         if isinstance(type_, pl.List):
             wrong = (pl.col(name).is_null() | (pl.col(name).list.len() != pl.col("length"))).fill_null(True)
             finite = pl.element().is_finite().fill_null(False)
@@ -268,5 +268,5 @@ def check_values(lf: pl.LazyFrame, weighing: Weighing, run: str = "RUN") -> None
             valued = pl.col(name).cast(pl.Float64).is_finite().fill_null(False)
             bad = lf.filter(~valued).select(ROW).head(1).collect()
             if bad.height:
-                fix = f"fire rollout {run} --redo --set rollout.verifier=exact" if name == "reward" else fix
+                fix = f"{added_by(REWARD, run)}, for prompts that have an answer each" if name == REWARD else fix
                 raise DataError(f"column {name!r} has no value", where=f"row {bad.item()}", fix=fix)

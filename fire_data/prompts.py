@@ -1,6 +1,8 @@
 """Read prompts from JSONL or Parquet, here or on the Hub, into one table, with errors that name the line.
 
-A prompt has `messages` or `prompt`; `answer` and `teacher` are optional; all other fields are kept as JSON in `extra`.
+A prompt has `messages` or `prompt`, or as benchmarks call it `problem` or `question`; `answer` and `teacher` are
+optional; all other fields are kept as JSON in `extra`. The answer behind `####` (GSM8K) is taken out of its working,
+and one that is only in the `\\boxed{}` of a `solution` (MATH) out of that.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from fire_data.schedule import hash_text
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import digest
 from fire_data.schemas.tables import arrow_schema, conform
+from fire_data.verify.answers import last_boxed
 
 _HUB = "hf://datasets/"
 _CORRECT = "correct the prompts file, or take this prompt out"
 _KNOWN = ("prompt_id", "messages", "prompt", "answer", "teacher")
+_ASKED = ("problem", "question")  # what benchmarks call a prompt
+_WORKED = "\n####"  # between working and answer
 
 
 def read_prompts(path: str, base: Path, *, need_answer: bool = False, setting: str = "prompts.path") -> pa.Table:
@@ -115,9 +120,11 @@ def _row(values: Any, where: str, need_answer: bool) -> dict[str, Any]:
     if not isinstance(values, dict):
         fix = 'one JSON object a line: {"messages": [...]}'
         raise DataError(f"a prompt is an object, not {type(values).__name__}", where=where, fix=fix)
+    values = _as_prompt(values, where)
     messages, prompt = values.get("messages"), values.get("prompt")
     if (messages is None) == (prompt is None):
-        what = "neither `messages` nor `prompt`" if messages is None else "both `messages` and `prompt`"
+        what = "none of `messages`, `prompt`, `problem` and `question`"
+        what = what if messages is None else "both `messages` and `prompt`"
         raise DataError(
             f"the prompt has {what}; it has: {', '.join(values) or 'no field'}",
             where=where,
@@ -130,7 +137,7 @@ def _row(values: Any, where: str, need_answer: bool) -> dict[str, Any]:
     answer = values.get("answer")
     if answer is None and need_answer:
         raise DataError(
-            "the prompt has no `answer`, which the verifier compares with",
+            "the prompt has no `answer`, which the verifier compares with, and no `solution` with a \\boxed{} one",
             where=where,
             fix="add it, or --set rollout.verifier=none",
         )
@@ -149,6 +156,23 @@ def _row(values: Any, where: str, need_answer: bool) -> dict[str, Any]:
         text = "the prompt holds half of a surrogate pair, which is not text"
         raise DataError(text, where=where, fix=_CORRECT) from None
     return row
+
+
+def _as_prompt(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a benchmark by the names of a prompt's. Those of a prompt are left alone."""
+    values = dict(values)
+    asked = [name for name in _ASKED if values.get(name) is not None]
+    if asked and values.get("messages") is None and values.get("prompt") is None:
+        if len(asked) > 1:
+            text = "the prompt has both `problem` and `question`"
+            raise DataError(text, where=where, fix="give the one that is asked as `prompt`")
+        values["prompt"] = values.pop(asked[0])
+    answer, solution = values.get("answer"), values.get("solution")
+    if isinstance(answer, str) and _WORKED in f"\n{answer}":
+        values |= {"answer": f"\n{answer}".rpartition(_WORKED)[2].strip(), "worked_answer": answer}
+    elif answer is None and isinstance(solution, str) and (boxed := last_boxed(solution)) is not None:
+        values["answer"] = boxed.strip()
+    return values
 
 
 def _as_json(extra: dict[str, Any], where: str) -> str | None:

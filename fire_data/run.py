@@ -18,7 +18,7 @@ from fire_data.rules import Rule, make_rule, own
 from fire_data.schemas.config import ADDED_TEACHER, TEACHER, Config, ModelConfig, load_config
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
 from fire_data.schemas.manifest import Manifest
-from fire_data.schemas.tables import ADDONS, addon_of
+from fire_data.schemas.tables import ADDONS, REWARD, added_by, addon_of
 from fire_data.shards import Part, is_sealed, sealed, verify_shard
 
 STAGES = ("rollouts", "scores", "addons", "weights", "checkpoints")
@@ -46,7 +46,8 @@ class Run:
 
         Args:
             round: None: all sealed rounds.
-            add: addons whose columns are joined row by row: "topk", "base", "pass-rate", "teacher.NAME".
+            add: addons whose columns are joined row by row: "topk", "base", "pass-rate", "reward" (in place of the
+                rollouts' own), "teacher.NAME".
 
         Raises:
             IncompleteError: an addon is not there, with the command that adds it.
@@ -75,7 +76,7 @@ class Run:
         """
         if name not in self.addon_names:
             text = f"there are no further columns {name!r}; there are: {', '.join(self.addon_names)}"
-            raise ConfigError(text, fix=f"fire score {shlex.quote(str(self.root))} --add {self.addon_names[0]}")
+            raise ConfigError(text, fix=added_by(self.addon_names[0], shlex.quote(str(self.root))))
         part = self.part("addons", round, name)
         manifest, scores = sealed(part), sealed(self.part("scores", round))
         if manifest.fields["rollouts"] != scores.fields["rollouts"]:
@@ -93,16 +94,28 @@ class Run:
         return (*ADDONS, *(f"{ADDED_TEACHER}{name}" for name in self.teachers))
 
     def evals(self) -> pl.LazyFrame:
-        """All evaluations, with a column `round` (-1: the student before training)."""
+        """All evaluations, with columns `round` (-1: the student before training) and `benchmark` (null: no name)."""
         frames = []
-        for number in [-1, *self.rounds()]:
-            part = self.part("evals", "start" if number < 0 else number)
-            if is_sealed(part):
-                files = [verify_shard(part, r) for r in sealed(part).shards]
-                frames.append(pl.scan_parquet(files, glob=False).with_columns(round=pl.lit(number, dtype=pl.Int32)))
+        for part in self.evaluations():
+            number = part.round if isinstance(part.round, int) else -1
+            files = [verify_shard(part, r) for r in sealed(part).shards]
+            told = {"round": pl.lit(number, dtype=pl.Int32), "benchmark": pl.lit(part.name, dtype=pl.String)}
+            frames.append(pl.scan_parquet(files, glob=False).with_columns(**told))
         if not frames:
             raise IncompleteError("there is no evaluation yet", where=str(self.root), fix=f"fire eval {self.root}")
-        return pl.concat(frames)
+        return pl.concat(frames, how="diagonal")  # older ones have fewer columns
+
+    def evaluations(self) -> list[Part]:
+        """Every sealed evaluation: the start first, then by round; of a round, the one without a name first."""
+        benchmarks = [None, *self.names("evals")]
+        rounds: list[int | str] = ["start", *self.rounds()]
+        parts = [self.part("evals", number, name) for number in rounds for name in benchmarks]
+        return [part for part in parts if is_sealed(part)]
+
+    def names(self, stage: str) -> list[str]:
+        """The folders under `addons/`, `weights/` or `evals/` that were started."""
+        folder = self.root / ".fire" / "manifests" / stage
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
     def rounds(self) -> list[int]:
         """The rounds that were started, in order."""
@@ -143,10 +156,14 @@ class Run:
         return make_rule(here(cfg.rule) if isinstance(cfg.rule, str) else cfg.rule, params, cfg.scope)
 
     def needed_addons(self) -> tuple[str, ...]:
-        """The addons that a round needs: those of `score.add`, and what the rule reads. Raises as `rule`."""
+        """The addons that a round needs: those of `score.add`, and what the rule reads. Raises as `rule`.
+
+        Rewards are needed where the rollouts have none of their own (rollout.verifier: none).
+        """
         rule = self.rule()
         columns = (*rule.columns, *(rule.matched.columns if rule.matched else ()))
-        needed = [a for c in columns if (a := addon_of(c)) is not None]
+        graded = self.config.rollout.verifier != "none"
+        needed = [a for c in columns if (a := addon_of(c)) is not None and not (a == REWARD and graded)]
         return tuple(dict.fromkeys((*self.config.score.add, *self.combined, *needed)))
 
     def teacher_addons(self, names: str) -> tuple[str, ...]:
@@ -212,6 +229,7 @@ class Run:
         frame = self._scan("scores", round)
         for name in dict.fromkeys([add] if isinstance(add, str) else add):
             part, _ = self.addon(round, name)
+            frame = frame.drop(REWARD) if name == REWARD else frame
             frame = _beside(frame, self._scan("addons", round, name), part, f"{part.command} --redo")
         return frame
 

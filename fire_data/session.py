@@ -260,7 +260,7 @@ class Session:
         with self.lock:
             if self._models.get(who, ("", None))[0] != key:
                 self.forget(who)
-                self.report.start(f"loading {called(who)}", 1, "model")
+                self.report.busy(f"loading {called(who)}")
                 self._models[who] = (key, models.load_model(cfg, self.run.root))
             model: PreTrainedModel = self._models[who][1]
         return model

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from fire_data import files
 from fire_data.schemas.errors import DamagedError, DataError, FingerprintError, IncompleteError, StorageError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT, columns_of, conform
+from fire_data.schemas.tables import FORMAT, added_by, columns_of, conform
 
 VERBS = {
     "rollouts": "rollout", "scores": "score", "addons": "score", "weights": "weigh", "checkpoints": "train",
@@ -92,12 +92,15 @@ class Part:
     @property
     def command(self) -> str:
         """The command that makes this stage."""
-        text = f"fire {VERBS[self.stage]} {shlex.quote(str(self.root))}"
-        text += f" --round {self.round}" if isinstance(self.round, int) else f" --{self.round}"
+        place = shlex.quote(str(self.root))
+        place += f" --round {self.round}" if isinstance(self.round, int) else f" --{self.round}"
+        text = f"fire {VERBS[self.stage]} {place}"
         if self.name is None:
             return text
         if self.stage == "addons":
-            return f"{text} --add {self.name}"
+            return added_by(self.name, place)
+        if self.stage == "evals":
+            return f"{text} --prompts {self.name}"
         from fire_data.rules import RULES  # imported late: it is only needed for words
 
         # Weights that are named as their rule are made by it, whatever rule the configuration names.
@@ -156,7 +159,7 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
     with files.storage_errors(final):
         scratch = files.temporary(part.tmp, f"{shard.name}.parquet")
         try:
-            _write_parquet(scratch, table, fingerprint)
+            write_parquet(scratch, table, fingerprint)
             files.fsync_file(scratch)
             seconds = time.monotonic() - started
             receipt = _receipt(scratch, part.table, shard.name, table.num_rows, fingerprint, seconds)
@@ -183,7 +186,8 @@ def require_current(part: Part, fingerprint: str) -> None:
         raise FingerprintError(text, where=str(part.manifest_path), fix=part.command)
 
 
-def _write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
+def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
+    """Write a table as all shards are written: page checksums, the fingerprint in the footer, floats split by byte."""
     metadata = {**(table.schema.metadata or {}), b"fire.fingerprint": fingerprint.encode()}
     floats = [numbers for f in table.schema if (numbers := _float_lists(f.name, f.type))]
     texts = [f.name for f in table.schema if pa.types.is_string(f.type)]
@@ -276,7 +280,7 @@ def _parsed(data: bytes, table: str) -> pa.Table | None:
 def _writes_the_same(part: Part, path: Path, table: pa.Table, fingerprint: str) -> bool:
     scratch = files.temporary(part.tmp, path.name)
     try:
-        _write_parquet(scratch, table, fingerprint)
+        write_parquet(scratch, table, fingerprint)
         return files.sha256_file(scratch) == files.sha256_file(path)
     finally:
         scratch.unlink(missing_ok=True)

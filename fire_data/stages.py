@@ -32,10 +32,16 @@ _R = TypeVar("_R")
 
 
 class Reporter(Protocol):
-    """Where a stage tells how far it is. `unit` is rows, tokens or steps."""
+    """Where a stage tells how far it is.
 
-    def start(self, what: str, total: int, unit: str) -> None: ...
-    def advance(self, count: int) -> None: ...
+    `unit` is what `total` and `count` are counted in: prompts, shards, steps, bytes. `done` of them were there before.
+    `tokens` went through the stage meanwhile; 0 where nobody counts them. `busy` is for what has no parts to be counted
+    and may come up in the middle of a stage: a model that is loaded, a server that is asked.
+    """
+
+    def start(self, what: str, total: int, unit: str, done: int = 0) -> None: ...
+    def advance(self, count: int, tokens: int = 0) -> None: ...
+    def busy(self, what: str) -> None: ...
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
 
@@ -43,8 +49,9 @@ class Reporter(Protocol):
 class Silent:
     """A Reporter that says nothing."""
 
-    def start(self, what: str, total: int, unit: str) -> None: ...
-    def advance(self, count: int) -> None: ...
+    def start(self, what: str, total: int, unit: str, done: int = 0) -> None: ...
+    def advance(self, count: int, tokens: int = 0) -> None: ...
+    def busy(self, what: str) -> None: ...
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
 
@@ -148,15 +155,14 @@ def run_stage(
     missing = [shard for shard in manifest.plan if receipts[shard.name] is None]
     if before and missing:
         before(missing)
-    rows = sum(s.stop - s.start for s in manifest.plan)
-    report.start(part.label, rows, "rows")
-    report.advance(rows - sum(s.stop - s.start for s in missing))
+    prompts, left = (sum(s.stop - s.start for s in shards) for shards in (manifest.plan, missing))
+    report.start(part.label, prompts, "prompts", prompts - left)
 
     def commit(shard: Shard) -> Receipt:
         started = time.monotonic()
         return write_shard(part, shard, make(shard), manifest.fingerprint, started)
 
-    made = each_shard(missing, commit, lanes=lanes, report=report, label=part.label)
+    made = each_shard(missing, commit, lambda r: r.tokens, lanes=lanes, report=report, label=part.label)
     receipts |= {shard.name: receipt for shard, receipt in zip(missing, made, strict=True)}
     done = [r for shard in manifest.plan if (r := receipts[shard.name]) is not None]
     return seal(part, manifest, done, finish(done) if finish else {}, stage.recorded)
@@ -165,6 +171,7 @@ def run_stage(
 def each_shard(
     shards: Sequence[Shard],
     work: Callable[[Shard], _R],
+    tokens: Callable[[_R], int] = lambda _: 0,
     *,
     lanes: int = 1,
     report: Reporter | None = None,
@@ -176,14 +183,15 @@ def each_shard(
     With `lanes` > 1 up to that many are worked on at the same time, each in a thread; with 1 all in the calling
     thread. The first exception is raised when the shards that were running have ended; none is started after it.
     An interrupt is raised at once: threads that still run end with the process. `report` is told of every shard's
-    rows, and of shards that take much longer than the others, from the calling thread only.
+    prompts and, by what `tokens` says of a result, of its tokens, and of shards that take much longer than the others,
+    from the calling thread only.
     """
     report = report or Silent()
     if lanes <= 1 or len(shards) <= 1:
         results = []
         for shard in shards:
             results.append(_in_lane(Lane(shard, label, clock()), work))
-            report.advance(shard.stop - shard.start)
+            report.advance(shard.stop - shard.start, tokens(results[-1]))
         return results
     futures: list[Future[_R]] = []
     running: dict[Future[_R], Lane] = {}
@@ -205,7 +213,7 @@ def each_shard(
                 failure = failure or error
                 continue
             seconds.append(clock() - lane.started)
-            report.advance(lane.shard.stop - lane.shard.start)
+            report.advance(lane.shard.stop - lane.shard.start, tokens(future.result()))
         _tell_slow(running.values(), seconds, slow, clock(), report)
     if failure is not None:
         raise failure

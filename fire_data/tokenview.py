@@ -8,6 +8,7 @@ import polars as pl
 
 from fire_data.run import Run
 from fire_data.schemas.errors import ConfigError, IncompleteError
+from fire_data.schemas.tables import REWARD
 
 _LONGEST_CHARACTER = 8  # tokens; a run of bytes that is no text ends here
 
@@ -60,12 +61,13 @@ def trajectory(run: Run, round: int, which: str, name: str | None) -> dict[str, 
 
 
 def _best_table(run: Run, round: int, name: str | None) -> pl.LazyFrame:
+    graded = [REWARD] if REWARD in run.addons(round) else []
     try:
-        return run.weights(name, round)
+        return run.weights(name, round, graded)
     except IncompleteError:
         if name is not None:
             raise
     try:
-        return run.scores(round)
+        return run.scores(round, graded)
     except IncompleteError:
         return run.rollouts(round)

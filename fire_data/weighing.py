@@ -25,7 +25,7 @@ from fire_data.schemas.tables import SUMMARIES
 from fire_data.teachers import frame_bounds, in_columns, require_exact
 
 _SUMMARIES = {c.name for c in SUMMARIES}
-_MEAN = "_mean_weight"
+MEAN = "_mean_weight"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def fit(table: Table, weighing: Weighing) -> Fitted:
     fitted_mean = mean if mean and mean.scope in ("step", "round") else None
     rows = _trajectories(table, weighing, stats, fitted_mean)
     if fitted_mean:
-        stats[_MEAN] = _means(rows, fitted_mean).to_dicts()
+        stats[MEAN] = _means(rows, fitted_mean).to_dicts()
     totals = grouped(
         rows,
         [STEP],
@@ -113,11 +113,21 @@ def fit(table: Table, weighing: Weighing) -> Fitted:
 
 def apply(table: Table, shard: int, weighing: Weighing, fitted: Fitted) -> pl.DataFrame:
     """The rows of a shard of the weights table, in order, with its optional columns where they are used."""
+    frame = factored(table, shard, weighing, fitted)
+    made = ("weight", "advantage", "rollout_is", "coefficient", "fkl_coefficient")
+    single = [pl.col(c).cast(pl.List(pl.Float32)) for c in made if c in frame.columns]
+    return frame.with_columns(single).select("trajectory_id", *(c for c in OUTPUT if c in frame.columns))
+
+
+def factored(table: Table, shard: int, weighing: Weighing, fitted: Fitted) -> pl.DataFrame:
+    """What `apply` rounds, in double precision, beside the scalars in it: `_kept` (the trajectory's tokens that count),
+    `_denominator`, and `_mean_weight` where weights were divided by one."""
     want = ("weight", "advantage", "token_keep", "fkl_weight")
     frame = _decided(table, shard, weighing, fitted.stats, want)
     frame = _normalised(frame, weighing.rule.mean, fitted.stats)
     steps = read_rows(fitted.steps, frame.schema).select(STEP, "tokens", "kept_tokens", "kept_trajectories")
     frame = join_rows(frame, steps.rename({c: f"_{c}" for c in steps.columns if c != STEP}), [STEP])
+    frame = frame.with_columns(_denominator=_denominator(weighing))
     masked = [pl.col("token_keep").cast(pl.List(pl.Float64))] if "token_keep" in frame.columns else []
     factors = [pl.col("weight"), pl.col("advantage"), *masked]
     extra: dict[str, pl.Expr] = {}
@@ -125,14 +135,13 @@ def apply(table: Table, shard: int, weighing: Weighing, fitted: Fitted) -> pl.Da
         log_ratio = floats("student_logprob") - floats("rollout_logprob")
         extra["rollout_is"] = log_ratio.list.eval(pl.element().exp().clip(upper_bound=weighing.rollout_is_cap))
         factors.append(extra["rollout_is"])
-    extra["coefficient"] = _divided(factors, weighing)
+    extra["coefficient"] = _divided(factors)
     if "fkl_weight" in frame.columns:
-        extra["fkl_coefficient"] = _divided([pl.col("fkl_weight"), *masked], weighing)
+        extra["fkl_coefficient"] = _divided([pl.col("fkl_weight"), *masked])
     frame = frame.with_columns(**extra)
     frame = frame.with_columns(_plus_zero(frame[n]) for n in ("coefficient", "fkl_coefficient") if n in extra)
     _check_coefficients(frame, [n for n in extra if n != "rollout_is"], weighing)
-    single = [pl.col(c).cast(pl.List(pl.Float32)) for c in ("weight", "advantage", *extra)]
-    return frame.with_columns(single).select("trajectory_id", *(c for c in OUTPUT if c in frame.columns))
+    return frame
 
 
 def _check_coefficients(frame: pl.DataFrame, names: list[str], weighing: Weighing) -> None:
@@ -152,10 +161,10 @@ def _plus_zero(lists: pl.Series) -> pl.Series:
     return fold(flat, lists.list.len())
 
 
-def _divided(factors: Sequence[pl.Expr], weighing: Weighing) -> pl.Expr:
+def _divided(factors: Sequence[pl.Expr]) -> pl.Expr:
     """The product of token factors over the denominator; 0 where nothing counts, without a leftover of the weight."""
     active = pl.col("keep") & (pl.col("_kept") > 0)
-    scale = pl.when(active).then(1.0 / _denominator(weighing)).otherwise(0.0)
+    scale = pl.when(active).then(1.0 / pl.col("_denominator")).otherwise(0.0)
     product = factors[0]
     for factor in factors[1:]:
         product = product * factor
@@ -175,7 +184,7 @@ def _denominator(weighing: Weighing) -> pl.Expr:
 # --- a rule, its components and the policies --------------------------------------------------------------------
 
 
-def _labelled(rule: Rule) -> list[tuple[str, Rule]]:
+def labelled(rule: Rule) -> list[tuple[str, Rule]]:
     """The components with the prefix under which their statistics are stored."""
     if not isinstance(rule, Composite):
         return [("", rule)]
@@ -188,7 +197,7 @@ def _fit_statistics(table: Table, rule: Rule) -> Stats:
             yield table.read(range(i, i + 1), list(dict.fromkeys([*KEYS, *columns])))
 
     stats: Stats = {}
-    for prefix, component in _labelled(rule):
+    for prefix, component in labelled(rule):
         with own.told(component, "a statistic"):
             stats |= {f"{prefix}{k}": v for k, v in fit_statistics(component, frames).items()}
     return stats
@@ -220,7 +229,7 @@ def _parts(frame: pl.DataFrame, rule: Rule, stats: Stats, want: set[str]) -> pl.
     """What the components of a rule decide about these rows, together."""
     return _merged([
         decide(frame, r, {k.removeprefix(p): v for k, v in stats.items() if k.startswith(p)}, want)
-        for p, r in _labelled(rule)
+        for p, r in labelled(rule)
     ])  # fmt: skip
 
 
@@ -245,7 +254,7 @@ def _require_local(table: Table, weighing: Weighing, stats: Stats) -> None:
 
     What the package brings is held to this by tests.
     """
-    for prefix, rule in _labelled(weighing.rule):
+    for prefix, rule in labelled(weighing.rule):
         if own.is_ours(rule) or rule.reads != "shard":
             continue
         want = [p for p in rule.parts().expressions() if p != "keep"]
@@ -333,16 +342,16 @@ def _means(rows: pl.DataFrame, mean: Mean) -> pl.DataFrame:
     keys = scope_keys(mean.scope, mean.by)
     sums = exact_sums(rows, keys, ["weight_sum", "_counted"])
     value = pl.when(pl.col("weight_sum") > 0).then(pl.col("weight_sum") / pl.col("_counted")).otherwise(1.0)
-    return sums.select(*keys, value.alias(_MEAN), n=pl.col("_counted").cast(pl.Int64))
+    return sums.select(*keys, value.alias(MEAN), n=pl.col("_counted").cast(pl.Int64))
 
 
 def _normalised(frame: pl.DataFrame, mean: Mean | None, stats: Stats) -> pl.DataFrame:
     if mean is None:
         return frame
     keys = scope_keys(mean.scope, mean.by)
-    means = read_rows(stats[_MEAN], frame.schema) if _MEAN in stats else _means(_weight_sums(frame, mean), mean)
+    means = read_rows(stats[MEAN], frame.schema) if MEAN in stats else _means(_weight_sums(frame, mean), mean)
     frame = join_rows(frame, means, keys)
-    return frame.with_columns(weight=pl.col("weight") / pl.col(_MEAN)).drop(_MEAN)
+    return frame.with_columns(weight=pl.col("weight") / pl.col(MEAN))
 
 
 def _targets(table: Table, weighing: Weighing, matched: Rule) -> pl.DataFrame:

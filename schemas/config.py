@@ -24,6 +24,8 @@ Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
 Engine = Literal["transformers", "vllm", "http", "fake"]
 Normalise = Literal["none", "trajectory", "group", "step", "round"]
 
+VERIFIERS = ("exact", "math", "choice", "code")
+
 TEACHER = "teacher"  # what the only teacher, or the one of prompts without a route, is called
 ADDED = ("topk", "base", "pass-rate")
 ADDED_TEACHER = "teacher."  # with the teacher's name: all rows under one teacher of several
@@ -100,9 +102,27 @@ class PromptsConfig(Section):
 
 
 class VerifyConfig(Section):
-    """How an answer is found in a response and compared (rollout.verifier: exact, and fire eval)."""
+    """How a response is graded: by `fire verify`, `fire eval`, pass rates and, exact alone, rollout.verifier."""
 
-    pattern: str | None = _field(None, "regular expression; the last match's first group is the answer; null: all text")
+    kind: str = _field(
+        "exact",
+        "exact (the same text), math (math-verify), choice (A to E), code (tests in a sandbox), FILE.py:function",
+    )
+    pattern: str | None = _field(
+        None,
+        "regular expression; the last match's first group is the answer; null: all text; math and choice look for it",
+    )
+    timeout_s: float = _field(10.0, "seconds for one response, all its tests together; longer: reward 0", gt=0)
+    memory_mb: int = _field(1024, "memory for one response (math, code, function); more: reward 0", ge=64)
+    workers: int | None = _perf(None, "processes that grade; null: one per CPU", ge=1)
+    allow_unsafe: bool = _perf(False, "true: run code even where it cannot be kept from the network")
+
+    @field_validator("kind")
+    @classmethod
+    def _is_a_verifier(cls, value: str) -> str:
+        if value not in VERIFIERS and not re.fullmatch(r".+\.py:[^\W\d]\w*", value):
+            raise ValueError(f"there is no verifier {value!r}; there are: {', '.join(VERIFIERS)}, FILE.py:function")
+        return value
 
 
 class RolloutConfig(Section):
@@ -226,13 +246,15 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """Accuracy on held-out prompts with `answer`."""
+    """Accuracy on held-out prompts: those with `answer`, or with what else verify.kind compares with."""
 
-    prompts: str | None = _perf(None, "held-out prompts, as prompts.path; null: no evaluation in `fire run`")
+    prompts: str | dict[str, str] | None = _perf(
+        None, "held-out prompts, as prompts.path; several: {NAME: FILE}; null: no evaluation in `fire run`"
+    )
     limit: int | None = _field(None, "the first so many prompts; null: all", ge=1)
     greedy: bool = _field(True, "one greedy answer per prompt")
     n: int = _field(4, "sampled answers per prompt; 0: none", ge=0)
-    k: tuple[int, ...] = _field((1,), "k of pass@k, each at most n")
+    k: tuple[int, ...] = _field((1,), "k of pass@k and maj@k, each at most n")
     temperature: float = _field(1.0, "sampling temperature", gt=0)
     max_new_tokens: int | None = _field(None, "longest answer; null: rollout.max_new_tokens", ge=1)
 
@@ -241,6 +263,14 @@ class EvalConfig(Section):
         if not self.greedy and not self.n:
             raise ValueError("greedy: false with n: 0 leaves nothing to evaluate")
         return self
+
+    @field_validator("prompts")
+    @classmethod
+    def _names_of_benchmarks(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        for name in value if isinstance(value, dict) else ():
+            if not is_benchmark(name):
+                raise ValueError(f"{name!r} cannot be the name of a benchmark (letters, digits, ., _, + and -)")
+        return value
 
 
 class VllmConfig(Section):
@@ -353,6 +383,11 @@ class Config(Section):
     def trained_weights(self) -> str:
         """The folder under `weights/` that `train` executes: the lineage of the run."""
         return self.train.weights or self.weights_name
+
+
+def is_benchmark(name: str) -> bool:
+    """True for what may name an evaluation: a folder under evals/, where rounds have folders too."""
+    return bool(re.fullmatch(_NAME, name)) and name != "start" and not name.startswith("round-")
 
 
 def split_rule(text: str) -> list[str]:

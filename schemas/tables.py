@@ -57,6 +57,8 @@ def _token(name: str, meaning: str, unit: str = "nats", type_: pa.DataType = FLO
     return Column(name, type_, meaning, unit, "token", **kwargs)
 
 
+REWARD = "reward"  # the addon that `fire verify` makes, without a model
+
 _NAMED = _row("trajectory_id", _TEXT, "the row of scores this belongs to")
 
 PROMPTS = (
@@ -169,6 +171,11 @@ ADDONS: dict[str, tuple[Column, ...]] = {
     ),
     "base": (_token("base_logprob", "log p of the sampled token under the reference model"),),
     "pass-rate": (_row("teacher_pass_rate", _F32, "share of the teacher's own answers that are right", "0 to 1"),),
+    REWARD: (
+        _row("reward", _F32, "verifier outcome, in place of that of the rollouts", "0 to 1", nullable=True),
+        _row("extracted", _TEXT, "the answer found in the response", nullable=True),
+        _row("verdict", _TEXT, "right, wrong, no answer, timeout, memory or ungraded"),
+    ),
 }
 
 
@@ -194,8 +201,10 @@ EVALS = (
     _row("sample", _I32, "sample of the prompt", "count from 0"),
     _row("response", _TEXT, "decoded response"),
     _row("extracted", _TEXT, "the answer found in it", nullable=True),
-    _row("answer", _TEXT, "the right answer"),
-    _row("reward", _F32, "1 if equal", "0 or 1"),
+    _row("vote", _TEXT, "what the answer counts as in a majority vote: numbers by their value", nullable=True),
+    _row("answer", _TEXT, "the right answer", nullable=True),
+    _row("reward", _F32, "verifier outcome", "0 to 1"),
+    _row("verdict", _TEXT, "right, wrong, no answer, timeout or memory", nullable=True),
     _row("length", _I32, "response tokens", "tokens"),
     _row("finish_reason", _TEXT, "stop or length"),
 )
@@ -228,11 +237,16 @@ def columns_of(table: str) -> tuple[Column, ...]:
 
 
 def addon_of(column: str) -> str | None:
-    """The addon that holds a column, as `fire score RUN --add` takes it; None for columns of other tables."""
+    """The addon that holds a column; None for columns of other tables. `added_by` is the command that makes it."""
     teacher = column.partition(".")[2]
     if teacher and any(column == c.name for c in _teacher_columns(teacher)):
         return f"{ADDED_TEACHER}{teacher}"
     return next((name for name, columns in ADDONS.items() if column in [c.name for c in columns]), None)
+
+
+def added_by(addon: str, run: str) -> str:
+    """The command that makes an addon. `run`: the run as the command line takes it, with --round where it matters."""
+    return f"fire verify {run}" if addon == REWARD else f"fire score {run} --add {addon}"
 
 
 def arrow_schema(table: str) -> pa.Schema:

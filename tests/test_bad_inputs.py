@@ -61,7 +61,7 @@ def copy_model(source: Path, target: Path) -> Path:
     [
         ([""], ["no prompt in the file"]),
         ([*[{"prompt": "1"}] * 16, '{"prompt": '], ["not valid JSON", "line 17"]),
-        ([{"prompt": "1"}, {"question": "2"}], ["neither `messages` nor `prompt`", "line 2"]),
+        ([{"prompt": "1"}, {"ask": "2"}], ["none of `messages`, `prompt`", "line 2"]),
         ([{"messages": []}], ["at least one message", "line 1"]),
         ([{"prompt": "1", "prompt_id": "a"}, {"prompt": "2", "prompt_id": "a"}], ["'a' is given twice", "line 2"]),
     ],

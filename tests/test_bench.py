@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ def _smoke(script: str) -> dict[str, Any]:
     python = Path(os.environ.get("FIRE_VLLM_PYTHON") or ROOT / ".venv-vllm/bin/python")
     if script.startswith("vllm") and not python.exists():
         pytest.skip("needs an environment with vLLM: make vllm")
+    if script == "report" and shutil.which("chromium") is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("needs chromium")
     command = [sys.executable, str(BENCH / f"{script}.py"), "--smoke"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert answer.returncode == 0, answer.stderr
@@ -32,7 +35,7 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    assert SCRIPTS == ["cli", "rollout", "rules", "score", "train", "vllm", "vllm_stages", "weigh"]
+    assert SCRIPTS == ["cli", "report", "rollout", "rules", "score", "train", "vllm", "vllm_stages", "weigh"]
 
 
 @pytest.mark.parametrize("script", SMOKED)

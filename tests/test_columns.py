@@ -25,6 +25,7 @@ from fire_data.overview import next_command
 from fire_data.run import Run, open_run
 from fire_data.sampling import Sampling
 from fire_data.schedule import hash_text, trajectory_id
+from fire_data.schemas import tables
 from fire_data.schemas.errors import (
     ConfigError,
     DamagedError,
@@ -34,7 +35,7 @@ from fire_data.schemas.errors import (
     IncompleteError,
 )
 from fire_data.schemas.manifest import Manifest
-from fire_data.schemas.tables import ADDONS, MASSES, TABLES
+from fire_data.schemas.tables import MASSES, REWARD, TABLES
 from fire_data.session import Session
 from fire_data.shards import read_manifest, read_shard, sealed
 from fire_data.stages import Silent
@@ -48,6 +49,7 @@ from .conftest import Answer, flip, shard_files
 
 Fire = Callable[..., Answer]
 MakeRun = Callable[..., Run]
+ADDONS = {name: columns for name, columns in tables.ADDONS.items() if name != REWARD}  # of models
 PATTERN = r"(\d)\D*$"  # the last digit: one of seven, so that an untrained model is right now and then
 TEMPLATE = "| {% for m in messages %}{{ m['content'] }} {% endfor %}so"
 
@@ -289,8 +291,8 @@ def test_a_missing_addon_names_the_command_that_adds_it_and_that_command_does(ro
     assert "base_logprob" in rolled.scores(add=["base"]).collect_schema()
     assert "base_logprob" not in rolled.scores().collect_schema()
     assert rolled.addons(0) == ("base",)
-    with pytest.raises(ConfigError, match="'reward'; there are: topk, base, pass-rate"):
-        rolled.scores(0, add=["reward"])
+    with pytest.raises(ConfigError, match="'rewards'; there are: topk, base, pass-rate, reward"):
+        rolled.scores(0, add=["rewards"])
     answer = fire("score", rolled.root, "--add", "top-k")
     assert answer.code == 2
     assert "'top-k'; there are: topk, base, pass-rate" in answer.err
@@ -355,7 +357,7 @@ class Told(Silent):
     def __init__(self) -> None:
         self.lines: list[tuple[str, str]] = []
 
-    def start(self, what: str, total: int, unit: str) -> None:
+    def start(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.lines.append(("start", what))
 
     def note(self, text: str) -> None:
@@ -550,7 +552,7 @@ def test_a_pass_rate_without_answers_is_refused_before_anything_is_made(
     answer = fire("score", run.root, "--add", "pass-rate")
     assert answer.code == 3
     assert "prompt 'q' has no answer" in answer.err
-    assert "answer" in answer.fix
+    assert answer.fix.startswith("correct the prompts")
     assert not (run.root / "scores").exists()
 
 

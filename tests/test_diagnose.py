@@ -223,8 +223,7 @@ def test_the_premise_without_rewards_says_how_to_get_them(healthy: pl.DataFrame)
     for name in ("premise", "outcome"):
         missing = look(healthy.with_columns(reward=pl.lit(None, dtype=pl.Float32)), name, run="runs/a", round=2)
         assert missing.level == "unknown"
-        assert "rollout.verifier: exact" in missing.do
-        assert "fire rollout runs/a --round 2 --redo --set rollout.verifier=exact" in missing.do
+        assert "fire verify runs/a --round 2" in missing.do
         for reward in (0.0, 1.0):
             one = look(healthy.with_columns(reward=pl.lit(reward, dtype=pl.Float32)), name)
             assert one.level == "unknown"

@@ -62,7 +62,7 @@ class Listener(Silent):
         self.warnings: list[str] = []
         self.threads: set[threading.Thread] = set()
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, tokens: int = 0) -> None:
         self.threads.add(threading.current_thread())
         self.rows.append(count)
 

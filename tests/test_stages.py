@@ -490,7 +490,7 @@ class Slow(Silent):
     def __init__(self, barrier: Any) -> None:
         self.barrier = barrier
 
-    def start(self, what: str, total: int, unit: str) -> None:
+    def start(self, what: str, total: int, unit: str, done: int = 0) -> None:
         if what.startswith("rollouts"):
             self.barrier.wait(30)
 

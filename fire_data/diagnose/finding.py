@@ -68,6 +68,11 @@ class Facts:
         options = "".join(f" --set {s}" for s in settings)
         return f"fire {stage} {self.run} --round {self.round} --redo{options}"
 
+    @property
+    def verify(self) -> str:
+        """The command that grades the responses of the round."""
+        return f"fire verify {self.run} --round {self.round}"
+
     def compare(self, *rules: str) -> str:
         """The command that puts rules side by side on these scores."""
         return f"fire compare {self.run} --round {self.round} --rules {','.join(rules)}"

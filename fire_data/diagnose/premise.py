@@ -40,7 +40,7 @@ _WHY_PREMISE = (
     "The filter drops the responses the teacher finds least likely. If that likelihood does not separate right from "
     "wrong, it drops at random at best, and corrections of derailed answers at worst."
 )
-_REWARDS = "set `rollout.verifier: exact` (prompts need `answer`), then make the rollouts anew: "
+_REWARDS = "grade the answers, for which prompts need `answer`: "
 
 
 def premise(measured: Measured, facts: Facts) -> Finding:
@@ -48,7 +48,7 @@ def premise(measured: Measured, facts: Facts) -> Finding:
     rows = _graded(measured)
     good = int(rows["right"].sum())
     counts = {"right": good, "wrong": rows.height - good, "rewards_missing": measured.rows["reward"].null_count()}
-    do = _REWARDS + facts.again("rollout", "rollout.verifier=exact")
+    do = _REWARDS + facts.verify
     if not rows.height:
         return finding("premise", "unknown", "no trajectory has a reward", counts, _WHY_PREMISE, do)
     if good in (0, rows.height):
@@ -239,7 +239,7 @@ def outcome(measured: Measured, facts: Facts) -> Finding:
         "agreement_in_failure_literature": FAILURE,
     }
     if not rows.height:
-        do = _REWARDS + facts.again("rollout", "rollout.verifier=exact")
+        do = _REWARDS + facts.verify
         return finding("outcome", "unknown", "no trajectory has a reward", numbers, why, do)
     if up["right"] is None or up["wrong"] is None:
         said = f"all answers are {'wrong' if up['right'] is None else 'right'}"

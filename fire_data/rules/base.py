@@ -117,6 +117,8 @@ class Rule(ABC):
     belief: ClassVar[str] = ""
     fitted: ClassVar[tuple[str, ...]] = ()
     """What `fit` gives beside the statistics."""
+    equations: ClassVar[dict[str, str]] = {}
+    """Where in the paper a part, a term or the mean stands: {"keep": "Eq. 4"}. For people, as are `terms`."""
     denominator: Denominator = "tokens"
 
     @abstractmethod
@@ -130,6 +132,15 @@ class Rule(ABC):
     def derived(self) -> dict[str, pl.Expr]:
         """Token columns made from token columns, for what is costly and used more than once."""
         return {}
+
+    def terms(self) -> dict[str, pl.Expr]:
+        """What the weight is made of and the paper has a name for, per token: `fire explain` shows each."""
+        return {}
+
+    def factors(self) -> dict[str, pl.Expr]:
+        """The factors whose product is the weight, by name; none if there is no weight."""
+        weight = self.parts().weight
+        return {} if weight is None else {"weight": weight}
 
     @property
     def mean(self) -> Mean | None:

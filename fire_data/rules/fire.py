@@ -7,7 +7,9 @@ trajectory, which is what the released scripts compute and why their filter neve
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,6 +36,14 @@ class Fire(Rule):
     belief: ClassVar[str] = (
         "unlikely trajectories teach nothing; tokens teach most where the teacher is sure and the student is not"
     )
+
+    equations: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("keep", "threshold"), "Eq. 4"),
+        **dict.fromkeys(("teacher_confidence", "teacher_limit"), "Eq. 5"),
+        **dict.fromkeys(("student_confusion", "student_limit"), "Eq. 6"),
+        "weight": "Eq. 7",
+        "mean": "Eq. 8",
+    }
 
     percentile: float = 20.0
     alpha: float = 1.0
@@ -72,9 +82,21 @@ class Fire(Rule):
         return Parts(
             keep=mean_of("teacher_logprob") >= pl.col("threshold") if self.percentile > 0 else None,
             reason=f"mean teacher_logprob below the {self.percentile:g} % quantile of its {self.filter_scope}",
-            weight=self._weight() if weighs else None,
+            weight=functools.reduce(operator.mul, self.factors().values()) if weighs else None,
             weight_sum=self._weight_sum() if weighs and self.normaliser == "max" else None,
         )
+
+    def terms(self) -> dict[str, pl.Expr]:
+        if not (self.alpha or self.beta):
+            return {}
+        return {
+            "teacher_confidence": (1.0 - self._divided("teacher", "teacher_entropy")).clip(0.0, 1.0),
+            "student_confusion": self._divided("student", "student_entropy").clip(0.0, 1.0),
+        }
+
+    def factors(self) -> dict[str, pl.Expr]:
+        gains = zip(("alpha", "beta"), (self.alpha, self.beta), self.terms().items(), strict=False)
+        return {f"1 + {gain} * {name}": 1.0 + value * term for gain, value, (name, term) in gains}
 
     def _limit(self, who: str) -> Statistic:
         name = f"{who}_limit"
@@ -88,11 +110,6 @@ class Fire(Rule):
         if self.normaliser == "log_vocabulary":
             return pl.col(entropy) / math.log(self.vocabulary_size or 2)
         return pl.col(entropy) / pl.col(f"{who}_limit").clip(lower_bound=_SMALLEST_LIMIT)
-
-    def _weight(self) -> pl.Expr:
-        confident = (1.0 - self._divided("teacher", "teacher_entropy")).clip(0.0, 1.0)
-        confused = self._divided("student", "student_entropy").clip(0.0, 1.0)
-        return (1.0 + self.alpha * confident) * (1.0 + self.beta * confused)
 
     def _weight_sum(self) -> pl.Expr:
         """The sum of the weights from per-trajectory sums.

@@ -11,16 +11,14 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.machinery import SourceFileLoader
-from types import ModuleType
 from typing import Any
 
 import polars as pl
 from polars.exceptions import PanicException, PolarsError
 
+from fire_data import pyfile
 from fire_data.rules.base import GROUP, ROW, Parts, Rule, RuleEntry, Statistic
 from fire_data.schemas.config import is_expression, split_rule
 from fire_data.schemas.errors import ConfigError, FireError
@@ -50,7 +48,7 @@ def _moved(name: str, place: Callable[[str], str]) -> str:
 def from_file(name: str) -> RuleEntry:
     """The rule in `file.py:Class`, or the only one in `file.py`. Raises ConfigError saying what is wrong with it."""
     path, _, cls = (name, "", "") if name.endswith(".py") else name.rpartition(":")
-    module = _module(path)
+    module = pyfile.load(path, "rule")
     found = {
         k: v
         for k, v in vars(module).items()
@@ -81,28 +79,6 @@ def _entry(rule: type[Rule], where: str, what: str) -> RuleEntry:
     if not rule.name:
         rule.name = rule.__name__.lower()
     return RuleEntry(rule, {}, what)
-
-
-def _module(path: str) -> ModuleType:
-    """The file as a module, run once per content."""
-    loader = SourceFileLoader("fire_rule", path)
-    try:
-        source = loader.get_data(path)
-    except OSError as error:
-        raise ConfigError(f"the rule file cannot be read: {error.strerror}", where=path, fix="name a file.py") from None
-    digest = hashlib.sha256(source).hexdigest()
-    name = "fire_rule_" + hashlib.sha256(f"{path} {digest}".encode()).hexdigest()[:16]
-    if name in sys.modules:
-        return sys.modules[name]
-    module = ModuleType(name)
-    vars(module).update(__file__=path, __digest__=digest)
-    sys.modules[name] = module  # dataclasses look their module up here
-    try:
-        exec(loader.source_to_code(source, path), vars(module))  # noqa: S102 - the user named this file to be run
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever their code raises is theirs to see
-        del sys.modules[name]
-        raise ConfigError(_told(error, path), where=path, fix="correct the file") from None
-    return module
 
 
 def source_of(rule: Rule) -> str | None:
@@ -140,7 +116,7 @@ def told(rule: Rule, what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if is_ours(rule):
             raise
-        text = _told(error, inspect.getfile(type(rule)))
+        text = pyfile.told(error, inspect.getfile(type(rule)), "rule")
         raise ConfigError(text, where=f"rule {rule.name}", fix=remedy(rule)) from None
 
 
@@ -202,20 +178,6 @@ def _aggregate(expression: pl.Expr) -> str | None:
         elif node == "Len" or node in _AGGREGATES:
             return str(node).lower()
     return None
-
-
-def _told(error: BaseException, path: str) -> str:
-    line = None
-    trace = error.__traceback__
-    file = path.rpartition(":")[0] if ".py:" in path else path
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == file:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    if isinstance(error, SyntaxError):
-        line = error.lineno
-    place = f" at line {line}" if line else ""
-    return f"the rule's code fails{place}: {type(error).__name__}: {error}"
 
 
 def installed() -> Mapping[str, importlib.metadata.EntryPoint]:

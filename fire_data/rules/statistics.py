@@ -92,15 +92,23 @@ def table_columns(rule: Rule, expressions: Iterable[pl.Expr], statistics: Iterab
     return sorted(used - mine)
 
 
-def attach(frame: pl.DataFrame, rule: Rule, stats: Stats, used: set[str]) -> pl.DataFrame:
-    """The frame with the statistics behind `used`: fitted ones joined, those of trajectory and group taken here."""
+def attach(
+    frame: pl.DataFrame, rule: Rule, stats: Stats, used: set[str], taken: dict[str, pl.DataFrame] | None = None
+) -> pl.DataFrame:
+    """The frame with the statistics behind `used`: fitted ones joined, those of trajectory and group taken here.
+
+    The latter, as rows with their keys and `n`, are put into `taken`.
+    """
     waiting: list[Statistic] = []
 
     def take() -> None:
         nonlocal frame
         for name, part in _partials(frame, rule, waiting).items():
             statistic = next(s for s in waiting if s.name == name)
-            frame = join_rows(frame, _finish(statistic, [part]), statistic.keys)
+            rows = _finish(statistic, [part])
+            frame = join_rows(frame, rows, statistic.keys)
+            if taken is not None:
+                taken[name] = rows
         waiting.clear()
 
     declared = rule.statistics()

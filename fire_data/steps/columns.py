@@ -23,7 +23,7 @@ from fire_data.overview import start_over
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.errors import ConfigError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
-from fire_data.schemas.tables import FLOATS, FORMAT, TOPK_BOUND, addon_columns, conform
+from fire_data.schemas.tables import FLOATS, FORMAT, REWARD, TOPK_BOUND, addon_columns, conform
 from fire_data.session import Session
 from fire_data.shards import Part, is_sealed, read_manifest, read_shard, sealed, write_shard
 from fire_data.stages import Stage, open_stage, run_stage
@@ -75,6 +75,9 @@ def prepare(session: Session, round: int, name: str) -> Addon:
     if name not in known:
         text = f"there are no further columns {name!r}; there are: {', '.join(known)}"
         raise ConfigError(text, fix=f"fire score RUN --add {known[0]}")
+    if name == REWARD:
+        fix = session.run.part("addons", round, name).command
+        raise ConfigError("rewards come from a verifier, not from a model", where="--add reward", fix=fix)
     if name.startswith(ADDED_TEACHER):
         return _teacher(session, round, source, name.removeprefix(ADDED_TEACHER))
     return _MAKERS[name](session, round, source)
@@ -298,7 +301,7 @@ def _pass_rate(session: Session, round: int, source: Manifest) -> Addon:
     part, source_part = session.run.part("addons", round, "pass-rate"), session.run.part("rollouts", round)
     receipts = {r.shard: r for r in source.shards}
     samples, longest = cfg.score.pass_rate_samples, cfg.rollout.max_new_tokens
-    prompts = 0 if is_sealed(part) else count_prompts(source_part, source)
+    prompts = 0 if is_sealed(part) else count_prompts(session, source_part, source)
     names = routed(session.run, source)
 
     def make(shard: Shard) -> pa.Table:

@@ -18,6 +18,7 @@ from fire_data.diagnose.responses import summary
 from fire_data.run import Run
 from fire_data.schemas.errors import DataError
 from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.schemas.tables import REWARD
 from fire_data.shards import Part, is_sealed, read_shard, sealed
 from fire_data.stages import Reporter, Silent
 
@@ -58,9 +59,10 @@ def _beside(run: Run, round: int, scores: Manifest, name: str | None) -> Iterato
     weights = run.part("weights", round, name)
     if name is not None or is_sealed(weights):
         yield weights, ("keep",)
-    topk = run.part("addons", round, "topk")
-    if is_sealed(topk) and sealed(topk).fields.get("rollouts") == scores.fields["rollouts"]:
-        yield topk, TOPK
+    for addon, columns in (("topk", TOPK), (REWARD, (REWARD,))):
+        part = run.part("addons", round, addon)
+        if is_sealed(part) and sealed(part).fields.get("rollouts") == scores.fields["rollouts"]:
+            yield part, columns
 
 
 def _read(part: Part, receipt: Receipt, columns: tuple[str, ...]) -> pl.DataFrame:
@@ -74,7 +76,8 @@ def _joined(frame: pl.DataFrame, part: Part, receipt: Receipt, columns: tuple[st
     if not other["trajectory_id"].equals(frame["trajectory_id"]):
         text = f"{part.stage} and scores are about different trajectories"
         raise DataError(text, where=f"{part.label}, shard {receipt.shard}", fix=f"{part.command} --redo")
-    return frame.hstack(other.drop("trajectory_id"))
+    # Rewards of `fire verify` take the place of the rollouts' own.
+    return frame.drop(columns, strict=False).hstack(other.drop("trajectory_id"))
 
 
 def _facts(run: Run, round: int, rollouts: Manifest, scores: Manifest, weights: tuple[Part, Manifest] | None) -> Facts:
@@ -129,5 +132,12 @@ def _earlier(run: Run, round: int) -> Iterator[dict[str, Any]]:
     before = [n for n in run.rounds() if n < round and is_sealed(run.part("scores", n))]
     for number in sorted({*before[:1], *before[-EARLIER:]}):
         part = run.part("scores", number)
-        frames = (_read(part, receipt, HISTORY_COLUMNS) for receipt in sealed(part).shards)
+        scores = sealed(part)
+        graded = [(p, sealed(p).shards) for p, _ in _beside(run, number, scores, None) if p.name == REWARD]
+        frames = []
+        for i, receipt in enumerate(scores.shards):
+            frame = _read(part, receipt, ("trajectory_id", *HISTORY_COLUMNS))
+            for other, shards in graded:
+                frame = _joined(frame, other, shards[i], (REWARD,))
+            frames.append(frame.select(HISTORY_COLUMNS))
         yield summary(history(frames), number)

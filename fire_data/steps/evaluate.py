@@ -1,55 +1,132 @@
-"""`fire eval`: accuracy on held-out prompts with `answer`, greedy and sampled, before training and after each round."""
+"""`fire eval`: accuracy on held-out prompts, greedy and sampled, before training and after each round.
+
+Each benchmark has an evaluation of its own, so that another one can be added later, and each is made, continued and
+compared by itself.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fire_data import verify
 from fire_data.engines import Generator
 from fire_data.overview import start_over
 from fire_data.prompts import read_prompts
+from fire_data.run import Run
 from fire_data.sampling import Sampling
 from fire_data.schedule import hash_text
+from fire_data.schemas.config import is_benchmark
 from fire_data.schemas.errors import ConfigError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
 from fire_data.schemas.tables import FORMAT, IDS, conform
 from fire_data.session import Session
-from fire_data.shards import Part, read_shard
+from fire_data.shards import Part, is_sealed, read_manifest, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
 from fire_data.steps.engines import lanes, make_generator
 from fire_data.steps.rollout import prompt_ids
+from fire_data.verify import Verifier, mean, tally
+from fire_data.verify.estimates import per_prompt
 
 _PROMPTS_PER_SHARD = 256
+_MEASURED = ["prompt_id", "mode", "reward", "extracted"]
 
 
-def evaluate(session: Session, round: int | None, *, redo: bool = False) -> Manifest:
-    """Evaluate the student after `round`, or (None) the given student. The same prompts and noise every round."""
+def evaluate(
+    session: Session, round: int | None, prompts: str | None = None, *, redo: bool = False
+) -> dict[str | None, Manifest]:
+    """Evaluate the student after `round`, or (None) the given student. The same prompts and noise every round.
+
+    Args:
+        prompts: benchmarks or files, as `benchmarks` takes them; None: all of `eval.prompts`.
+
+    Returns:
+        The sealed manifest of every benchmark by its name, None for the one without a name.
+    """
+    run = session.run
+    named = benchmarks(run, prompts)
+    generator = functools.cache(lambda: make_generator(session, 0 if round is None else round + 1))
+    with Verifier(run.config.verify, run.root) as verifier:
+        return {name: _one(session, round, name, path, verifier, generator, redo) for name, path in named.items()}
+
+
+def benchmarks(run: Run, asked: str | None = None) -> dict[str | None, str]:
+    """Held-out prompts by the name of their evaluation. A single file in `eval.prompts` has none.
+
+    `asked`: "gsm8k,test.jsonl": names in `eval.prompts`, files (named after themselves), or names evaluated before.
+    Raises ConfigError for what is none of these.
+    """
+    given = run.config.eval.prompts
+    if asked is None:
+        if given is None:
+            fix = "--set eval.prompts=held_out.jsonl, or --prompts held_out.jsonl"
+            raise ConfigError("there are no held-out prompts", where=str(run.root / "fire.yaml"), fix=fix)
+        return {str(name): path for name, path in given.items()} if isinstance(given, dict) else {None: given}
+    known = given if isinstance(given, dict) else {}
+    found: dict[str | None, str] = {}
+    for word in filter(None, map(str.strip, asked.split(","))):
+        name, path = (word, known[word]) if word in known else _named(run, word)
+        if found.setdefault(name, path) != path:
+            text = f"two benchmarks are called {name}: {found[name]} and {path}"
+            raise ConfigError(text, fix="name them in fire.yaml, eval.prompts: {NAME: FILE}")
+    return found
+
+
+def _named(run: Run, word: str) -> tuple[str, str]:
+    """A file with a name made of its own, or an earlier evaluation with the file that it was made from."""
+    if word in run.names("evals"):
+        rounds: list[int | str] = ["start", *run.rounds()]
+        manifests = (m for number in rounds if (m := read_manifest(run.part("evals", number, word))) is not None)
+        path = next((m.recorded["prompts"] for m in manifests if "prompts" in m.recorded), None)
+        if path is not None:
+            return word, str(path)
+    here = Path.cwd() / Path(word).expanduser()
+    name = re.sub(r"[^A-Za-z0-9._+-]+", "-", Path(word).stem).strip("-")
+    if not (word.startswith("hf://") or here.is_file()) or not is_benchmark(name):
+        there = ", ".join(map(str, run.config.eval.prompts)) if isinstance(run.config.eval.prompts, dict) else "none"
+        text = f"there is neither a file nor a benchmark {word!r}; benchmarks of eval.prompts: {there}"
+        raise ConfigError(text, where="--prompts", fix="--prompts FILE.jsonl")
+    return name, word if word.startswith("hf://") else str(here)
+
+
+def evaluated(run: Run, round: int | None) -> bool:
+    """True if all evaluations of `eval.prompts` are there for the student after a round."""
+    number = "start" if round is None else round
+    return all(is_sealed(run.part("evals", number, name)) for name in benchmarks(run))
+
+
+def _one(
+    session: Session,
+    round: int | None,
+    name: str | None,
+    path: str,
+    verifier: Verifier,
+    generator: Callable[[], Generator],
+    redo: bool,
+) -> Manifest:
     run, cfg = session.run, session.run.config
-    if cfg.eval.prompts is None:
-        raise ConfigError(
-            "there are no held-out prompts", where=str(run.root / "fire.yaml"), fix="--set eval.prompts=held_out.jsonl"
-        )
-    prompts = read_prompts(cfg.eval.prompts, run.root, need_answer=True, setting="eval.prompts")
-    prompts = prompts.slice(0, cfg.eval.limit)
-    pattern = verify.compile_pattern(cfg.verify.pattern)
-    rows = prompts.to_pylist()
-    model_round = 0 if round is None else round + 1
-    part = run.part("evals", "start" if round is None else round)
+    setting = "eval.prompts" if name is None else f"eval.prompts.{name}"
+    prompts = read_prompts(path, run.root, need_answer=verifier.compares, setting=setting)
+    rows = prompts.slice(0, cfg.eval.limit).to_pylist()
+    verifier.check(rows, path, "correct the prompts, or --set verify.kind=KIND")
+    part = run.part("evals", "start" if round is None else round, name)
     plan = plan_shards(len(rows), _PROMPTS_PER_SHARD)
-    stage = Stage(part, _fields(session, model_round, rows), plan, session.performance("rollout"))
-    if redo:
-        start_over(run, "evals", part.round, session.report)
+    recorded = {**session.performance("rollout"), "prompts": path}
+    stage = Stage(part, _fields(session, 0 if round is None else round + 1, rows, verifier), plan, recorded)
     modes = [("greedy", 0)] * cfg.eval.greedy + [("sampled", j) for j in range(cfg.eval.n)]
 
-    @functools.cache
-    def generator() -> Generator:
-        return make_generator(session, model_round)
-
-    def before(_: list[Shard]) -> None:
+    def ready(_: list[Shard]) -> None:
+        for warning in verifier.start():
+            session.report.warn(warning)
         generator()
+
+    if redo:
+        ready([])  # what is wrong is told before anything is set aside
+        start_over(run, "evals", part.round, session.report, name)
 
     def make(shard: Shard) -> pa.Table:
         chosen = rows[shard.start : shard.stop]
@@ -63,13 +140,16 @@ def evaluate(session: Session, round: int | None, *, redo: bool = False) -> Mani
             requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
             answers = generator().generate(requests, _sampling(session, mode == "greedy"))
             texts = session.tokenizer.batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
-            parts.append(_graded(chosen, samples, mode, texts, answers, pattern))
+            parts.append(_graded(chosen, samples, mode, list(map(str, texts)), answers, verifier))
         return conform(pa.concat_tables(parts), "evals", f"{part.label}, shard {shard.name}")
 
-    engines = lanes(session, cfg.rollout.engine)
+    def finish(done: list[Receipt]) -> dict[str, Any]:
+        stage.recorded["verify"] = verifier.recorded
+        return _stats(session, part, done)
+
     return run_stage(
-        stage, make, lambda done: _stats(session, part, done), session.report, lanes=engines, before=before
-    )
+        stage, make, finish, session.report, lanes=lanes(session, cfg.rollout.engine), before=ready
+    )  # fmt: skip
 
 
 def _sampling(session: Session, greedy: bool) -> Sampling:
@@ -84,24 +164,26 @@ def _graded(
     mode: str,
     texts: list[str],
     answers: pa.Table,
-    pattern: Any,
+    verifier: Verifier,
 ) -> pa.Table:
-    found = [verify.extract(t, pattern) for t in texts]
-    right = [prompts[i]["answer"] for i, _ in samples]
+    right, extra = ([prompts[i][column] for i, _ in samples] for column in ("answer", "extra"))
+    graded = verifier.grade(texts, right, extra)
     return pa.table({
         "prompt_id": [prompts[i]["prompt_id"] for i, _ in samples],
         "mode": [mode] * len(samples),
         "sample": pa.array([j for _, j in samples], pa.int32()),
         "response": texts,
-        "extracted": pa.array(found, pa.string()),
-        "answer": right,
-        "reward": pa.array([verify.grade(f, a) for f, a in zip(found, right, strict=True)], pa.float32()),
+        "extracted": pa.array([g.extracted for g in graded], pa.string()),
+        "vote": pa.array([g.vote for g in graded], pa.string()),
+        "answer": pa.array(right, pa.string()),
+        "reward": pa.array([g.reward for g in graded], pa.float32()),
+        "verdict": [g.verdict for g in graded],
         "length": pa.array([len(x) for x in answers["response_ids"].to_pylist()], pa.int32()),
         "finish_reason": answers["finish_reason"],
     })  # fmt: skip
 
 
-def _fields(session: Session, model_round: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _fields(session: Session, model_round: int, rows: list[dict[str, Any]], verifier: Verifier) -> dict[str, Any]:
     cfg = session.run.config
     return {
         "format": FORMAT,
@@ -109,7 +191,7 @@ def _fields(session: Session, model_round: int, rows: list[dict[str, Any]]) -> d
         "eval": cfg.eval.results(),
         "max_new_tokens": cfg.eval.max_new_tokens or cfg.rollout.max_new_tokens,
         "engine": cfg.rollout.engine,
-        "verify": cfg.verify.results(),
+        "verify": verifier.fields,
         "prompts": digest(rows),  # in their order: shards are cut from it
         "student": session.student_fields(model_round),
         "template": session.template_fields(),
@@ -117,21 +199,27 @@ def _fields(session: Session, model_round: int, rows: list[dict[str, Any]]) -> d
     }
 
 
+def measured(part: Part, receipts: Iterable[Receipt], ks: Iterable[int]) -> dict[str, dict[str, float]]:
+    """Every metric of an evaluation: per prompt a value from 0 to 1."""
+    tables = [read_shard(part, r, _MEASURED, optional=["vote"]) for r in receipts]
+    return per_prompt([row for table in tables for row in table.to_pylist()], ks)
+
+
 def _stats(session: Session, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
-    """Greedy accuracy, avg@n, pass@k (means over prompts) and mean length."""
-    cfg = session.run.config.eval
-    table = pa.concat_tables([read_shard(part, r) for r in receipts])
-    rewards: dict[str, dict[str, list[float]]] = {"greedy": {}, "sampled": {}}
-    for row in table.select(["mode", "prompt_id", "reward"]).to_pylist():
-        rewards[row["mode"]].setdefault(row["prompt_id"], []).append(row["reward"])
-    stats: dict[str, Any] = {"prompts": len(set(table["prompt_id"].to_pylist()))}
-    if rewards["greedy"]:
-        stats["greedy"] = verify.mean([r[0] for r in rewards["greedy"].values()])
-    if rewards["sampled"]:
-        by_prompt = list(rewards["sampled"].values())
-        stats[f"avg@{cfg.n}"] = verify.mean([sum(r) / len(r) for r in by_prompt])
-        for k in cfg.k:
-            stats[f"pass@{k}"] = verify.mean([verify.pass_at_k(len(r), int(sum(r)), k) for r in by_prompt])
-    stats["mean_length"] = verify.mean(table["length"].to_pylist())
-    stats["truncated_fraction"] = verify.mean([float(r == "length") for r in table["finish_reason"].to_pylist()])
-    return stats
+    """Greedy accuracy, avg@n, pass@k and maj@k (means over prompts) with their intervals; mean length; verdicts."""
+    from fire_data.verify.bootstrap import interval
+
+    cfg = session.run.config
+    values = {name: list(v.values()) for name, v in measured(part, receipts, cfg.eval.k).items()}
+    found = {name: interval(v, cfg.seed) for name, v in values.items()}
+    table = pa.concat_tables(
+        [read_shard(part, r, ["length", "finish_reason", "verdict", "prompt_id"]) for r in receipts]
+    )
+    return {
+        "prompts": len(set(table["prompt_id"].to_pylist())),
+        **{name: mean(v) for name, v in values.items()},
+        "mean_length": mean(table["length"].to_pylist()),
+        "truncated_fraction": mean([float(r == "length") for r in table["finish_reason"].to_pylist()]),
+        "verdicts": tally(table["verdict"].to_pylist()),
+        "intervals": {name: [i.low, i.high] for name, i in found.items()},
+    }

@@ -128,12 +128,15 @@ class Sweep:
             return
         for one in self.passes:
 
-            def work(shard: Shard, one: Pass = one) -> None:
-                self._swept(one, shard, self.rows(shard), keep=True)
+            def work(shard: Shard, one: Pass = one) -> int:
+                mine = self._mine(one, self.rows(shard))
+                self._swept(one, shard, mine, keep=True)
+                return pc.sum(pc.list_value_length(mine["response_ids"])).as_py() or 0
 
-            self.session.report.start(f"{self.source.label}: {one.name}", sum(_size(s) for s in missing), "rows")
+            report = self.session.report
+            report.start(f"{self.source.label}: {one.name}", sum(_size(s) for s in missing), "prompts")
             lanes = engines.lanes(self.session, one.engine)
-            each_shard(missing, work, lanes=lanes, report=self.session.report, label=f"{one.name}")
+            each_shard(missing, work, int, lanes=lanes, report=report, label=one.name)
             one.finish()
 
     def rows(self, shard: Shard) -> pa.Table:
@@ -143,7 +146,7 @@ class Sweep:
     def columns(self, shard: Shard, rows: pa.Table) -> pa.Table:
         """What all passes say of the rows of a shard, in order; of the optional columns, those that all rows have."""
         keep = len(self.passes) > 1
-        made = _together([self._swept(one, shard, rows, keep=keep) for one in self.passes], rows)
+        made = _together([self._swept(one, shard, self._mine(one, rows), keep=keep) for one in self.passes], rows)
         try:
             require_same_columns(self.kept.part, shard, made.column_names)
         except FingerprintError:
@@ -151,9 +154,11 @@ class Sweep:
             raise
         return made
 
-    def _swept(self, one: Pass, shard: Shard, rows: pa.Table, *, keep: bool) -> pa.Table:
+    def _mine(self, one: Pass, rows: pa.Table) -> pa.Table:
+        return rows.filter(_goes_to(self.session, rows, one.teachers))
+
+    def _swept(self, one: Pass, shard: Shard, mine: pa.Table, *, keep: bool) -> pa.Table:
         k, signals = self.wanted(shard)
-        mine = rows.filter(_goes_to(self.session, rows, one.teachers))
         name = f"{one.name}-{k}-{int(signals)}"
         made = self.kept.completed(shard.name, name, mine, lambda some: one.run(some, k, signals), keep=keep)
         return made.rename_columns([c if c == "trajectory_id" else f"{one.prefix}{c}" for c in made.column_names])

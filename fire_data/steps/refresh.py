@@ -6,12 +6,14 @@ from typing import Any
 
 from fire_data.run import Run
 from fire_data.schemas.manifest import Manifest
+from fire_data.schemas.tables import REWARD
 from fire_data.session import Session
 from fire_data.shards import is_sealed, read_manifest
-from fire_data.steps.evaluate import evaluate
+from fire_data.steps.evaluate import benchmarks, evaluate, evaluated
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train
+from fire_data.steps.verify import verify
 from fire_data.steps.weigh import configured, weigh
 
 
@@ -20,7 +22,7 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
     run = session.run
     configured(run)  # a rule that cannot be is told before an hour of sampling
     held_out = run.config.eval.prompts is not None
-    if held_out and not is_sealed(run.part("evals", "start")):
+    if held_out and not evaluated(run, None):
         evaluate(session, None)
     for number in range(rounds):
         finished = is_sealed(run.part("checkpoints", number))
@@ -29,11 +31,14 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
             if run.config.rollout.engine != run.config.score.engine:
                 session.rest()
             # What the rule reads beside the scores is made without being asked for: a round cannot go on without it.
-            score(session, number, add=run.needed_addons())
+            needed = run.needed_addons()
+            score(session, number, add=[name for name in needed if name != REWARD])
+            if REWARD in needed:
+                verify(run, number, session.report)
             weigh(run, number, session.report)
             session.rest()  # training needs the accelerator to itself
             train(session, number)
-        if held_out and not is_sealed(run.part("evals", number)):
+        if held_out and not evaluated(run, number):
             evaluate(session, number)
         if not finished:
             session.report.note(_line(round_row(run, number)))
@@ -42,7 +47,7 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
 
 def _line(row: dict[str, Any]) -> str:
     """A round in one line, for those who watch."""
-    wanted = {k: v for k, v in row.items() if v is not None and (k in ("greedy", "kept", "reverse_kl") or "@" in k)}
+    wanted = {k: v for k, v in row.items() if v is not None and (k in ("kept", "reverse_kl") or _is_accuracy(k))}
     return f"round {row['round']}: " + ", ".join(f"{k} {v:.3f}" for k, v in wanted.items())
 
 
@@ -57,14 +62,15 @@ def round_table(run: Run) -> list[dict[str, Any]]:
 def round_row(run: Run, number: int | None) -> dict[str, Any]:
     """What is known of a round from its sealed manifests; None where a stage is missing."""
     if number is None:
-        return {"round": "start", **_eval_numbers(read_manifest(run.part("evals", "start")))}
+        return {"round": "start", **_eval_numbers(run, "start")}
     rollouts, scores, checkpoint = (read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "checkpoints"))
+    rewards = read_manifest(run.part("addons", number, REWARD))
     # The name may have changed between rounds: the checkpoint knows what it was trained on.
     weights = read_manifest(run.part("weights", number, checkpoint.fields["weights"] if checkpoint else None))
     return {
         "round": number,
-        **_eval_numbers(read_manifest(run.part("evals", number))),
-        "reward": _stat(rollouts, "mean_reward"),
+        **_eval_numbers(run, number),
+        "reward": _stat(rewards, "mean_reward") if rewards else _stat(rollouts, "mean_reward"),
         "length": _stat(rollouts, "mean_length"),
         "truncated": _stat(rollouts, "truncated_fraction"),
         "reverse_kl": _stat(scores, "reverse_kl"),
@@ -75,9 +81,18 @@ def round_row(run: Run, number: int | None) -> dict[str, Any]:
     }
 
 
-def _eval_numbers(manifest: Manifest | None) -> dict[str, Any]:
-    stats = manifest.stats if manifest else {}
-    return {k: v for k, v in stats.items() if k == "greedy" or "@" in k}
+def _eval_numbers(run: Run, number: int | str) -> dict[str, Any]:
+    """Accuracies by metric, with the name of the benchmark before it where it has one."""
+    found: dict[str, Any] = {}
+    for name in benchmarks(run) if run.config.eval.prompts is not None else {None: ""}:
+        manifest = read_manifest(run.part("evals", number, name))
+        stats = manifest.stats if manifest else {}
+        found |= {k if name is None else f"{name} {k}": v for k, v in stats.items() if _is_accuracy(k)}
+    return found
+
+
+def _is_accuracy(name: str) -> bool:
+    return name.endswith("greedy") or "@" in name
 
 
 def _stat(manifest: Manifest | None, name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from fire_data import chat, contract, verify
+from fire_data import chat, contract
 from fire_data.engines import Generator
 from fire_data.kept import Kept
 from fire_data.overview import start_over
@@ -21,13 +21,14 @@ from fire_data.session import Session
 from fire_data.shards import Part, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
 from fire_data.steps.engines import lanes, make_generator, require_same_servers, sampling
+from fire_data.verify import Verifier, mean
 
 
 def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
     """Make, continue or confirm the rollouts of a round, or make them anew. Returns the sealed manifest."""
     run, cfg = session.run, session.run.config
     prompts = read_prompts(cfg.prompts.path, run.root, need_answer=cfg.rollout.verifier != "none")
-    pattern = verify.compile_pattern(cfg.verify.pattern)
+    verifier = _verifier(session)
     _check_routes(session, prompts)
     _warn_of_truncation(session)
     slots = round_slots(prompts["prompt_id"].to_pylist(), cfg.seed, round, cfg.rollout.prompts_per_round)
@@ -79,7 +80,8 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
             "messages": [as_messages(rows[i]) for i, _ in samples],
         }
         if cfg.rollout.verifier == "exact":
-            columns["reward"] = [verify.exact(t, a, pattern) for t, a in zip(texts, columns["answer"], strict=True)]
+            graded = verifier.grade(columns["response"], columns["answer"], columns["extra"])
+            columns["reward"] = [g.reward for g in graded]
         table = pa.table(
             {**{k: answers[k] for k in answers.column_names}, **{k: requests[k] for k in requests.column_names}}
         )
@@ -87,16 +89,22 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
             table = table.append_column(name, pa.array(values))
         return conform(table, "rollouts", f"{stage.part.label}, shard {shard.name}")
 
-    manifest = run_stage(
-        stage,
-        make,
-        lambda receipts: _stats(stage.part, receipts),
-        session.report,
-        lanes=lanes(session, cfg.rollout.engine),
-        before=before,
-    )
+    with verifier:
+        manifest = run_stage(
+            stage,
+            make,
+            lambda receipts: _stats(stage.part, receipts),
+            session.report,
+            lanes=lanes(session, cfg.rollout.engine),
+            before=before,
+        )
     kept.clear()
     return manifest
+
+
+def _verifier(session: Session) -> Verifier:
+    """What fills `reward` as responses are written: plain comparison. `fire verify` has the other kinds."""
+    return Verifier(session.run.config.verify, session.run.root, kind="exact")
 
 
 def _check_routes(session: Session, prompts: pa.Table) -> None:
@@ -162,7 +170,7 @@ def _fields(session: Session, round: int, prompts: pa.Table) -> dict[str, Any]:
         "format": FORMAT,
         "seed": cfg.seed,
         "rollout": cfg.rollout.results(),
-        "verify": cfg.verify.results() if cfg.rollout.verifier != "none" else None,
+        "verify": _verifier(session).fields if cfg.rollout.verifier != "none" else None,
         "prompts": prompts_digest(prompts),
         "student": session.student_fields(round),
         "template": session.template_fields(),
@@ -181,6 +189,6 @@ def _stats(part: Part, receipts: list[Receipt]) -> dict[str, Any]:
         "tokens": tokens,
         "mean_length": tokens / len(reasons) if reasons else None,
         "truncated_fraction": reasons.count("length") / len(reasons) if reasons else None,
-        "mean_reward": verify.mean(rewards),
+        "mean_reward": mean(rewards),
         "routes": [list(pair) for pair in sorted(routes.items(), key=lambda p: p[0] or "")],
     }

@@ -164,13 +164,11 @@ class _Training:
     def _train(self, log: Path) -> None:
         metrics.rewind(log, self.global_step, self.run.part("checkpoints", self.round).tmp)
         report = self.session.report
-        report.start(f"train round-{self.round:03d}", self.total, "steps")
-        report.advance(self.done)
+        report.start(f"train round-{self.round:03d}", self.total, "steps", self.done)
         for batch in self._batches():
             if self.done == 0:
                 self._check(batch)
-            self._step(batch, log)
-            report.advance(1)
+            report.advance(1, self._step(batch, log))
             if self.cfg.save_every and self.done % self.cfg.save_every == 0 and self.done < self.total:
                 self._save()
         self._save()
@@ -184,7 +182,8 @@ class _Training:
             step_batches(self.scores, self.weights, first if i == 0 else 0, self.topk) for i, _ in enumerate(epochs)
         )
 
-    def _step(self, batch: StepBatch, log: Path) -> None:
+    def _step(self, batch: StepBatch, log: Path) -> int:
+        """One optimizer step; the response tokens that it was about."""
         from fire_data.training import train_step
 
         numbers = train_step(
@@ -200,6 +199,7 @@ class _Training:
         self.ratio = {}
         self.global_step += 1
         self.done += 1
+        return int(numbers["tokens"])
 
     def _check(self, batch: StepBatch) -> None:
         """Before the first step: the data must be about this very model (DESIGN: ratio check)."""

@@ -18,7 +18,7 @@ from fire_data.rules import every, own
 from fire_data.run import Run
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT, addon_of, conform
+from fire_data.schemas.tables import FORMAT, REWARD, addon_of, conform
 from fire_data.shards import Part, is_sealed, read_shard, sealed, verify_shard
 from fire_data.stages import Reporter, Silent, Stage, run_stage
 from fire_data.summary import merge_summaries, summarise
@@ -104,6 +104,7 @@ class ScoredRound:
         self.source = sealed(self.part)
         self.receipts = self.source.shards
         self.addons = addon_tables(run, round, rule)
+        self._beside = list({p.name: (p, m) for p, m in (*self.addons, *rewards(run, round))}.values())
         self._files = {} if verified is None else verified
         self.last: Decided | None = None
         self._fitted: weighing.Fitted | None = None
@@ -151,9 +152,11 @@ class ScoredRound:
     def _scan(self, shards: range) -> pl.LazyFrame:
         if shards not in self._prepared:
             scores = pl.scan_parquet([self._verified(self.part, self.receipts[i]) for i in shards], glob=False)
+            if REWARD in [p.name for p, _ in self._beside]:  # which takes the place of the rollouts' own
+                scores = scores.drop(REWARD)
             more = [
                 pl.scan_parquet([self._verified(p, m.shards[i]) for i in shards], glob=False).drop("trajectory_id")
-                for p, m in self.addons
+                for p, m in self._beside
             ]
             joined = pl.concat([scores, *more], how="horizontal") if more else scores
             self._prepared[shards] = prepare(joined, self.rule, self.rows(shards[0])[0])
@@ -170,6 +173,11 @@ def addon_tables(run: Run, round: int, rule: Weighing) -> list[tuple[Part, Manif
     """The sealed addons whose columns a rule, or a combination of teachers, reads. One that is not there is a missing
     column, told elsewhere."""
     return [run.addon(round, n) for n in addon_names(rule) if is_sealed(run.part("addons", round, n))]
+
+
+def rewards(run: Run, round: int) -> list[tuple[Part, Manifest]]:
+    """What `fire verify` made of a round, for whoever looks at rewards, whether or not the rule does."""
+    return [run.addon(round, REWARD)] if is_sealed(run.part("addons", round, REWARD)) else []
 
 
 def addon_names(rule: Weighing) -> list[str]:

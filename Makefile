@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/fire demo $(DEMO)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # 2.5 GB, torch from the index for CPU builds. The tests that need a real vLLM skip without it.
 vllm: $(VLLM)/.installed

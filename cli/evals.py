@@ -43,17 +43,23 @@ def evaluate(
     how an answer is judged. --against adds the difference to another checkpoint.
     """
     opened = open_run(run, overrides)
+    from fire_data.schemas.errors import ConfigError
     from fire_data.session import Session
     from fire_data.shards import is_sealed
+    from fire_data.steps.evaluate import benchmarks
     from fire_data.steps.evaluate import evaluate as step
-    from fire_data.steps.versus import other_evaluation, shared, versus
+    from fire_data.steps.versus import other_evaluation, require_other, shared, versus
 
+    if start and round is not None:
+        raise ConfigError("the start is no round", where=f"--round {round} --start", fix="give one of them")
     last = opened.current_round() - 1
     number = None if start or (round is None and last < 0) else last if round is None else round
+    where = "start" if number is None else number
     other = other_evaluation(opened, against) if against is not None else None
+    if other is not None and other != (opened, where):
+        require_other(*other, benchmarks(opened, prompts))
     with Terminal() as terminal, Session(opened, terminal, cluster(opened, ray, address)) as session:
         made = step(session, number, prompts, redo=redo)
-    where = "start" if number is None else number
     found: list[dict[str, Any]] = []
     if other is not None:
         pairs = shared(opened, where, *other, list(made))
@@ -68,7 +74,8 @@ def evaluate(
         for pair in found:
             _show_difference(pair)
     if other is None and where != "start" and any(is_sealed(opened.part("evals", "start", name)) for name in made):
-        hint("fire", "eval", run, "--round", where, *(["--prompts", prompts] if prompts else []), "--against", "start")
+        same = ["--prompts", prompts] if prompts else []
+        hint("fire", "eval", run, *carried(opened, overrides), "--round", where, *same, "--against", "start")
 
 
 def _show_metrics(where: int | str, stats: dict[str | None, dict[str, Any]]) -> None:
@@ -96,7 +103,7 @@ def _show_difference(pair: dict[str, Any]) -> None:
             "metric": row["metric"],
             **{k: row[k] for k in ("this", "against")},
             **{title: f"{row[k]:+.4f}" for k, title in (("difference", "difference"), *_BOUNDS)},
-            "p": row["p"],
+            "p": "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
             "prompts": row["prompts"],
         }
         for row in pair["metrics"]

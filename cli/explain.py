@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fire_data.run import Run
 
 _STRONGEST = 8  # tokens that are listed
+_ENDS = {"max": "largest", "min": "smallest"}
 _WIDE = 110  # cells in which formula and source have room beside each other
 _GAP = 2  # blanks between columns
 _LEAST = 24  # cells that a formula has, whatever the terminal: nothing is cropped
@@ -55,7 +56,8 @@ def explain(
     texts = _texts(opened, found.ids)
     options = [*(["--round", number] if round is not None else []), *(["--name", name] if name is not None else [])]
     if position is not None:
-        _show_token(found, found.token(position), texts[position])
+        chosen = f"{_ENDS[token]} {found.ranked_by}" if token in _ENDS else None
+        _show_token(found, found.token(position), texts[position], chosen)
         hint("fire", "inspect", run, which, *options)
     else:
         _show_trajectory(found, texts)
@@ -64,20 +66,13 @@ def explain(
 
 
 def _texts(run: Run, ids: list[int]) -> list[str]:
-    """What each token reads; those that only together make a character share its text with the first of them.
+    """What each token reads; those that only together make a character share its text with the first of them."""
+    from fire_data.tokenview import pieces, student_tokenizer
 
-    Without a tokenizer there are numbers still.
-    """
-    from fire_data.models import load_tokenizer
-    from fire_data.schemas.errors import FireError
-    from fire_data.tokenview import pieces
-
+    tokenizer, missing = student_tokenizer(run)
+    if missing is not None:
+        say(f"tokens are shown without their text: {missing}")
     texts = [""] * len(ids)
-    try:
-        tokenizer = load_tokenizer(run.config.student, run.root)
-    except (FireError, ModuleNotFoundError) as error:
-        say(f"tokens are shown without their text: {str(error).splitlines()[0]}")
-        return texts
     for piece in pieces(tokenizer, ids):
         texts[piece.start] = piece.text
     return texts
@@ -140,10 +135,12 @@ def _strong(token: Token, reads: str) -> dict[str, Any]:
     return {"": token.position, "token": reads, "id": token.id, "coefficient": f"{token.coefficient:+.3e}", **numbers}
 
 
-def _show_token(found: Explanation, token: Token, reads: str) -> None:
+def _show_token(found: Explanation, token: Token, reads: str, chosen: str | None) -> None:
     facts, weights = found.facts, found.weights
     place = f"{facts['trajectory_id']}, row {facts['row']} of round {facts['round']}, step {facts['step']}"
     about = {"token": f"{token.position} of {len(found)}, id {token.id}: {reads!r}", "trajectory": place}
+    if chosen is not None:
+        about["chosen"] = chosen if any(found.coefficients) else f"{chosen}: every coefficient is 0"
     show_one({**about, "weights": weights["name"], "decision": _decision(found)}, False)
     _sections({
         "of the token": token.inputs,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .errors import visible
+from .errors import say, visible
 from .terminal import show, show_one, stdout
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def show_schema(as_json: bool) -> None:
 
 def show_trajectory(run: Run, round: int, which: str, name: str | None, as_json: bool) -> None:
     """One trajectory: facts, the coloured response, and a table of its tokens."""
-    from fire_data.models import load_tokenizer
-    from fire_data.tokenview import pieces, trajectory
+    from fire_data.tokenview import pieces, student_tokenizer, trajectory
 
     row = trajectory(run, round, which, name)
     if as_json:
@@ -60,8 +59,13 @@ def show_trajectory(run: Run, round: int, which: str, name: str | None, as_json:
     show_one({k: row[k] for k in _FACTS if k in row}, False)
     for message in row["messages"] or []:
         typer.echo(visible(f"{message['role']}: {message['content']}"))
-    found = pieces(load_tokenizer(run.config.student, run.root), row["response_ids"])
-    _coloured(found, row.get("weight") or [])
+    tokenizer, missing = student_tokenizer(run)
+    found = pieces(tokenizer, row["response_ids"])
+    if missing is None:
+        _coloured(found, row.get("weight") or [])
+    else:
+        say(f"tokens are shown without their text: {missing}")
+        typer.echo(visible(row["response"]))
     columns = {title: spec for title, spec in _NUMBERS.items() if spec[0] in row}
     rows = []
     for piece in found:

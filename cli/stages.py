@@ -278,6 +278,10 @@ def train(
         raise ConfigError("--student goes with --from", fix=f"fire train {run} --set student.model={student}")
     opened = open_run(run, overrides)
     number = round_of(opened, round)
+    from fire_data.shards import is_sealed, sealed
+
+    if not is_sealed(opened.part("scores", number)):
+        sealed(opened.part("rollouts", number))  # of what is missing, the first is named
     from fire_data.session import Session
     from fire_data.steps.train import train as step
 
@@ -285,10 +289,12 @@ def train(
         manifest = step(session, number, redo=redo)
     checkpoint = str(opened.part("checkpoints", number).folder)
     show_one({"round": number, "checkpoint": checkpoint, **manifest.stats}, as_json)
-    if source is not None:  # whose prompts and teacher may be elsewhere
-        hint("fire", "eval", run, "--set", "eval.prompts=FILE")
-    else:
+    from fire_data.create import missing_paths
+
+    if opened.teachers and not missing_paths(run):
         hint("fire", "run", run, "--rounds", number + 2, *carried(opened, overrides))
+    else:  # of a shared run, say: what another round needs stayed elsewhere
+        hint("fire", "inspect", run, "--round", number)
 
 
 @guarded

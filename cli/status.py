@@ -36,7 +36,8 @@ def _about(run: Run) -> str:
     teachers = ", ".join(cfg.model for cfg in run.teachers.values()) or "no teacher yet"
     trained = run.current_round()
     rounds = f"{trained} round{'s' * (trained != 1)} trained"
-    return f"{run.config.student.model} learns from {teachers}, weights {run.config.trained_weights}: {rounds}"
+    names = dict.fromkeys(run.lineage(n) for n in range(max(1, trained)))
+    return f"{run.config.student.model} learns from {teachers}, weights {', '.join(names)}: {rounds}"
 
 
 def _glance(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -103,13 +103,15 @@ def show(rows: Sequence[dict[str, Any]], as_json: bool, title: str | None = None
     if as_json:
         typer.echo(json.dumps(list(rows), ensure_ascii=False, indent=1, default=str))
         return
-    table, needed = as_table(rows, title)
+    table, needed = as_table(rows)
     console = stdout()
+    if title is not None:
+        console.print(visible(title), style="italic", soft_wrap=True)
     # What does not fit even so is wrapped by the terminal.
     stdout(width=max(console.width, needed)).print(table)
 
 
-def as_table(rows: Sequence[dict[str, Any]], title: str | None = None) -> tuple[Table, int]:
+def as_table(rows: Sequence[dict[str, Any]]) -> tuple[Table, int]:
     """Rows as a table, and the cells that it needs at least for no digit to be lost."""
     from rich.cells import cell_len
     from rich.table import Table
@@ -120,13 +122,7 @@ def as_table(rows: Sequence[dict[str, Any]], title: str | None = None) -> tuple[
     words = {name: max(map(cell_len, name.split()), default=0) for name in names}
     # Text is folded down to this width but no further, so that it stays text.
     narrow = max([_NARROW, *(words[name] for name in names if name not in numeric)])
-    table = Table(
-        title=None if title is None else visible(title),
-        title_justify="left",
-        header_style="bold",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(header_style="bold", box=None, pad_edge=False)
     needed = _GAP * (len(names) - 1)
     for name, cells in columns.items():
         widest = max(map(cell_len, cells), default=0)

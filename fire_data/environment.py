@@ -29,6 +29,9 @@ VARIABLES = (
 # Of these, and of every other FIRE_*, only that they are set: their values may be secret, or name a machine.
 HIDDEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_ADDRESS", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
+KEY = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[bp]-|AKIA)[\w-]{12,}")
+"""What keys of the usual services look like."""
+
 _SET = "set"
 
 
@@ -122,7 +125,7 @@ def redacted(text: str, home: str | None = None, user: str | None = None) -> str
     user = _user() if user is None else user
     text = re.sub(r"(?<=://)[^/@\s]*@", "", text)
     text = re.sub(r"(://[^?#]*)[?#].*", r"\1", text)
-    text = re.sub(r"\b(hf_|sk-)\w+", _SET, text)
+    text = KEY.sub(_SET, text)
     if home not in ("", "/"):
         text = re.sub(rf"{re.escape(home)}(?=[/:]|$)", "~", text)
     text = re.sub(r"(?<=/home/|Users/)[^/:]+", "USER", text)

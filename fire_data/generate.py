@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _REFILL_SHARE = 1 / 4
 # Bounds the activations of one prefill, in padded tokens.
 _PREFILL_TOKENS = 16384
+_SHORTER = "shorter prompts, or a lower rollout.max_new_tokens (of an evaluation, eval.max_new_tokens)"
 # Eager attention takes its softmax in fp32, where the mask of a padded fp64 row overflows.
 _NOT_FINITE = (
     "in float64 use dtype float32 or attention sdpa, or prompts of equal length; otherwise look for NaN in the weights"
@@ -169,7 +170,7 @@ class TransformersGenerator:
                 raise DataError(f"token id {bad} is not among the model's {known}", where=where)
             if limit is not None and len(prompt) + new_tokens > limit:
                 text = f"{len(prompt)} prompt tokens and {new_tokens} new ones exceed the model's {limit} positions"
-                raise DataError(text, where=where, fix="lower rollout.max_new_tokens or rollout.max_prompt_tokens")
+                raise DataError(text, where=where, fix=_SHORTER)
 
     def forward(self, ids_BL: Tensor, pad_B1: Tensor | None, cache: DynamicCache, width: int) -> Tensor:
         """Logits [B, V] after the last of `ids_BL`, whose tokens are the last columns of a cache of `width` columns.

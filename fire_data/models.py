@@ -295,7 +295,8 @@ def _folder(cfg: ModelConfig, base: Path, *, weights: bool = False) -> Path:
     where = str(path)
     if not path.is_dir():
         text = "the model is a file, not a folder" if path.exists() else "there is no such model folder"
-        raise DataError(text, where=where, fix="set student.model / teacher.model in fire.yaml; paths start at the run")
+        fix = "--set student.model=FOLDER, or teacher.model, or in fire.yaml; paths start at the run"
+        raise DataError(text, where=where, fix=fix)
     if not any(path.iterdir()):
         raise DataError("the model folder is empty", where=where, fix=_COPY)
     return path

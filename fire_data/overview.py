@@ -9,7 +9,7 @@ from typing import Any
 from fire_data import files
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
-from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.schemas.manifest import Receipt
 from fire_data.schemas.tables import added_by
 from fire_data.shards import VERBS, Part, intact, is_sealed, read_manifest, read_receipt
 from fire_data.stages import Reporter, set_stage_aside
@@ -60,6 +60,8 @@ def next_command(run: Run) -> str:
     added = [(number, name) for name in _addons(run)]
     places = [(stage, *place) for stage in STAGES for place in (added if stage == "addons" else [(number, None)])]
     part = next(p for place in places if not is_sealed(p := run.part(*place)))
+    if number and part.stage == "rollouts" and not run.teachers:  # a shared run: another round needs a teacher
+        return shlex.join(["fire", "inspect", str(run.root), "--round", str(number - 1)])
     if number and part.stage == "rollouts" and not part.manifest_path.exists():
         return shlex.join(["fire", "run", str(run.root), "--rounds", str(number + 1)])
     if part.stage == "addons" and part.name not in run.config.score.add:
@@ -157,15 +159,7 @@ def _lineage(run: Run, stage: str, number: int, name: str | None) -> bool:
         return _uses(run.part("weights", number), name) or _uses(run.part("checkpoints", number), name)
     if stage != "weights":
         return True
-    checkpoint = _manifest(run.part("checkpoints", number))
-    return name == (checkpoint.fields.get("weights") if checkpoint else run.config.trained_weights)
-
-
-def _manifest(part: Part) -> Manifest | None:
-    try:
-        return read_manifest(part)
-    except DataError:
-        return None
+    return name == run.lineage(number)
 
 
 def _follows(part: Part, stage: str, name: str | None, lineage: bool) -> bool:

@@ -19,7 +19,7 @@ from fire_data.schemas.config import ADDED_TEACHER, TEACHER, Config, ModelConfig
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
 from fire_data.schemas.manifest import Manifest
 from fire_data.schemas.tables import ADDONS, REWARD, added_by, addon_of
-from fire_data.shards import Part, is_sealed, sealed, verify_shard
+from fire_data.shards import Part, is_sealed, read_manifest, sealed, started_names, verify_shard
 
 STAGES = ("rollouts", "scores", "addons", "weights", "checkpoints")
 
@@ -32,10 +32,18 @@ class Run:
     config: Config
 
     def part(self, stage: str, round: int | str, name: str | None = None) -> Part:
-        """Where a stage of a round lies; addons have a name, and weights, by default the one that is trained."""
+        """Where a stage of a round lies; addons have a name, and weights, by default `lineage`."""
         if stage == "weights":
-            name = name or self.config.trained_weights
+            name = name or self.lineage(round)
         return Part(self.root, stage, round, name)
+
+    def lineage(self, round: int | str) -> str:
+        """The weights that a round's student was trained on; before it is trained, those that will be."""
+        try:
+            checkpoint = read_manifest(Part(self.root, "checkpoints", round))
+        except DataError:  # damaged: `fire check` tells
+            checkpoint = None
+        return str((checkpoint.fields.get("weights") if checkpoint else None) or self.config.trained_weights)
 
     def rollouts(self, round: int | None = None) -> pl.LazyFrame:
         """What the student wrote, one row per trajectory; `round` None: all sealed rounds."""
@@ -114,8 +122,7 @@ class Run:
 
     def names(self, stage: str) -> list[str]:
         """The folders under `addons/`, `weights/` or `evals/` that were started."""
-        folder = self.root / ".fire" / "manifests" / stage
-        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+        return started_names(self.root, stage)
 
     def rounds(self) -> list[int]:
         """The rounds that were started, in order."""

@@ -5,6 +5,7 @@ Layout: `RUN/<stage>/[<name>/]round-000/00000.parquet`, receipts and manifests m
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import platform
@@ -142,12 +143,26 @@ def is_sealed(part: Part) -> bool:
 
 
 def sealed(part: Part) -> Manifest:
-    """The sealed manifest of a stage, or IncompleteError with the command that finishes it."""
+    """The sealed manifest of a stage, or IncompleteError with the command that finishes it.
+
+    Weights of a name that no round has may be a slip of the pen: then it names those that are there.
+    """
     manifest = read_manifest(part)
     if manifest is None or not manifest.sealed:
-        state = "not started" if manifest is None else "not finished"
-        raise IncompleteError(f"{part.label} is {state}", where=str(part.folder), fix=part.command)
+        text, fix = f"{part.label} is {'not started' if manifest is None else 'not finished'}", part.command
+        there = started_names(part.root, part.stage)
+        if part.stage == "weights" and there and part.name not in there and "--name" in fix:
+            near = difflib.get_close_matches(str(part.name), there, n=len(there), cutoff=0.0)
+            text = f"there are no weights {part.name!r}; there are: {', '.join(near)}"
+            fix = f"one of these; {fix} makes new ones by the run's rule"
+        raise IncompleteError(text, where=str(part.folder), fix=fix)
     return manifest
+
+
+def started_names(root: Path, stage: str) -> list[str]:
+    """The folders under `addons/`, `weights/` or `evals/` of a run that were started."""
+    folder = root / ".fire" / "manifests" / stage
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
 def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, started: float) -> Receipt:

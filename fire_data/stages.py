@@ -129,6 +129,11 @@ def _untouched(part: Part, manifest: Manifest) -> bool:
     return not manifest.sealed and not made and not (part.stage == "checkpoints" and any(states))
 
 
+def finished(part: Part) -> str:
+    """What is told where there is nothing to do."""
+    return f"{part.label} was finished before: nothing to do"
+
+
 def run_stage(
     stage: Stage,
     make: Callable[[Shard], pa.Table],
@@ -151,6 +156,7 @@ def run_stage(
     manifest = open_stage(stage)
     receipts = {shard.name: _existing(part, shard, manifest, report) for shard in manifest.plan}
     if manifest.sealed and [r.sha256 if r else None for r in receipts.values()] == [r.sha256 for r in manifest.shards]:
+        report.note(finished(part))
         return manifest
     missing = [shard for shard in manifest.plan if receipts[shard.name] is None]
     if before and missing:

@@ -78,7 +78,7 @@ def _trained(run: Run, part: Part, manifest: Manifest) -> tuple[int, int, int]:
     tokens = sum(r.get("tokens", 0) for r in records)
     if manifest.sealed:
         return manifest.stats["steps"], manifest.stats["steps"], tokens
-    weights = read_manifest(run.part("weights", part.round, manifest.fields.get("weights")))
+    weights = read_manifest(run.part("weights", part.round))
     steps = len(weights.stats.get("steps", ())) if weights else 0
     return len(records), steps * manifest.fields["train"]["epochs"], tokens
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from fire_data.run import Run
-from fire_data.schemas.errors import ConfigError, IncompleteError
+from fire_data.schemas.errors import ConfigError, FireError, IncompleteError
 from fire_data.schemas.tables import REWARD
 
 _LONGEST_CHARACTER = 8  # tokens; a run of bytes that is no text ends here
@@ -21,12 +21,26 @@ class Piece(NamedTuple):
     stop: int
 
 
-def pieces(tokenizer: Any, ids: list[int]) -> list[Piece]:
+def student_tokenizer(run: Run) -> tuple[Any, str | None]:
+    """The student's tokenizer; or None, and why there is none: whoever shows tokens still has their numbers."""
+    try:
+        from fire_data.models import load_tokenizer
+
+        return load_tokenizer(run.config.student, run.root), None
+    except FireError as error:
+        return None, error.what
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed"
+
+
+def pieces(tokenizer: Any | None, ids: list[int]) -> list[Piece]:
     """Cut a response into the smallest runs of tokens that decode to whole characters.
 
     A token is decoded behind its predecessor, so that blanks between words are kept. The texts joined are the decoded
-    response with special tokens shown.
+    response with special tokens shown. Without a tokenizer every token is a run of its own that has no text.
     """
+    if tokenizer is None:
+        return [Piece("", i, i + 1) for i in range(len(ids))]
 
     def decode(a: int, b: int) -> str:
         return str(tokenizer.decode(ids[a:b], skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -13,6 +13,7 @@ import pytest
 from fire_data.demo.curve import write_curve
 from fire_data.run import open_run
 from fire_data.steps.refresh import round_table
+from tests.browser import chromium, opened
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,42 @@ def test_page_needs_no_script_and_no_network(finished: Path) -> None:
     page = (finished / "learning.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
-    assert "default-src 'none'" in page
-    assert page.count("<tr>") == 14
-    assert "<svg" in page
+    assert "default-src 'none'; style-src 'sha256-" in page
+    assert page.count("<svg") == 2
+
+
+def test_table_and_curves_count_the_same_rounds_from_the_start(finished: Path) -> None:
+    page = (finished / "learning.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<th scope="row">(\d+)</th><td>(.*?)</td>', page)
+    table = round_table(open_run(finished / "fire"))
+    assert rows == [(str(n), f"{r['greedy']:.1%}") for n, r in enumerate(table)]
+    for svg in re.findall(r"<svg.*?</svg>", page):
+        assert {"rounds trained", "0", str(len(table) - 1)} <= {*re.findall(r"<text[^>]*>([^<]+)</text>", svg)}
 
 
 def test_page_escapes_the_names_of_arms(tmp_path: Path) -> None:
     row = {"greedy": 0.5, "avg@2": 0.25}
-    page = write_curve(tmp_path, {"<b>x</b>": [row, row], "uniform": [row, row]}, "avg@2").read_text(encoding="utf-8")
+    tables = {"<b>x\x07</b>": [row, row], "uniform": [row]}
+    page = write_curve(tmp_path, tables, "avg@2").read_text(encoding="utf-8")
     assert "<b>" not in page
-    assert "&lt;b&gt;x&lt;/b&gt;" in page
+    assert page.count(r"&lt;b&gt;x\x07&lt;/b&gt;") == 4, "two legends, two columns"
+    assert "<td>–</td>" in page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_is_readable_on_a_phone_in_both_themes(tmp_path: Path, scheme: str) -> None:
+    pytest.importorskip("playwright")
+    row = {"greedy": 0.5, "avg@2": 0.25}
+    page = write_curve(tmp_path, {"fire": [row] * 13, "uniform": [row] * 13}, "avg@2")
+    with chromium() as browser, opened(browser, page, width=390, color_scheme=scheme) as found:
+        assert found.page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert found.page.evaluate("document.querySelector('table').getBoundingClientRect().right") <= 390
+        assert min(found.all("svg text", "(e) => e.getBoundingClientRect().height")) >= 11
+        widths = found.all("svg", "(e) => [e.getBoundingClientRect().width, e.viewBox.baseVal.width]")
+        assert all(drawn == pytest.approx(meant, abs=1) for drawn, meant in widths), "not scaled down"
+        right = max(found.all("svg text", "(e) => e.getBoundingClientRect().right"))
+        assert right <= 390
+        ink, paper = found.page.evaluate("[getComputedStyle(document.querySelector('svg text')).fill, "
+                                         "getComputedStyle(document.body).backgroundColor]")  # fmt: skip
+        brightness = [sum(map(int, re.findall(r"\d+", c)[:3])) for c in (ink, paper)]
+        assert (brightness[0] > brightness[1] + 150) if scheme == "dark" else (brightness[1] > brightness[0] + 150)

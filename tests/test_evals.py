@@ -217,6 +217,25 @@ def other(run: Run, folder: Path, **settings: str) -> Run:
     return made
 
 
+def test_what_a_comparison_lacks_is_told_before_anything_is_evaluated(
+    tmp_path: Path, make_fake_run: MakeRun, fire: Fire
+) -> None:
+    run = make_fake_run(tmp_path / "run")
+    answer = fire("eval", run.root, "--start", "--against", "0")
+    assert answer.code == 4
+    assert answer.fix == f"fire eval {run.root} --round 0"
+    assert not run.evaluations()
+    assert fire("eval", run.root, "--round", 0, "--start").code == 2
+
+
+def test_whole_responses_that_never_equal_the_answer_are_doubted(
+    tmp_path: Path, make_fake_run: MakeRun, fire: Fire
+) -> None:
+    run = make_fake_run(tmp_path / "run")
+    assert "verify.pattern is null" in fire("eval", run.root).err
+    assert "verify.pattern" not in fire("eval", run.root, "--redo", "--set", "verify.pattern=(.*)").err
+
+
 def test_an_evaluation_against_itself_has_no_gap(graded: Run, fire: Fire) -> None:
     answer = fire("eval", graded.root, "--against", "start", "--json")
     (pair,) = answer.json["against"]

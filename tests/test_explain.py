@@ -438,6 +438,29 @@ def test_a_dropped_trajectory_says_which_filter_dropped_it(scored: Run, fire: Fi
     assert shown.err.splitlines()[-1] == f"next: fire inspect {scored.root} 6 --name guarded"
 
 
+def test_the_largest_of_a_dropped_trajectory_is_what_it_would_have_been(scored: Run, fire: Fire) -> None:
+    weighed(scored, "tip+length-guard", "dropped", longest=8)
+    stored = scored.weights("dropped", 0).collect().row(6, named=True)
+    assert not any(stored["coefficient"])
+    would = np.array(stored["weight"]) * np.array(stored["advantage"])
+    one = explain(scored, 0, "6", "dropped")
+    assert (one.position("max"), one.position("min")) == (would.argmax(), would.argmin())
+    assert would.argmax() != 0
+    shown = fire("explain", scored.root, "6", "max", "--name", "dropped")
+    assert f"token       {would.argmax()} of 12" in shown.out
+    assert "largest weight * advantage: every coefficient is 0" in shown.out
+    told = fire("explain", scored.root, "6", "min", "--name", "dropped", "--json").json
+    assert told["ranked_by"] == "weight * advantage"
+    assert told["tokens"][0]["position"] == would.argmin()
+
+
+def test_the_largest_of_a_kept_trajectory_is_its_largest_coefficient(plain: Run, fire: Fire) -> None:
+    stored = plain.weights(round=0).collect().row(6, named=True)
+    shown = fire("explain", plain.root, "6", "max")
+    assert f"token       {np.argmax(stored['coefficient'])} of" in shown.out
+    assert re.search("chosen +largest coefficient\n", shown.out)
+
+
 def test_a_tokenizer_that_does_not_load_leaves_the_numbers(plain: Run, fire: Fire, tmp_path: Path) -> None:
     answer = fire("explain", plain.root, "6", "0", "--set", f"student.model={tmp_path}")
     assert answer.code == 0

@@ -291,6 +291,7 @@ def test_a_student_on_the_hub_is_found_at_the_commit_that_wrote(
     done(caller.fire("weigh", tmp_path / "run", *few))
     done(caller.fire("push", tmp_path / "run", "me/data"))
     assert f"revision: {first}" in hub.repos[DATA].tree["fire.yaml"].decode()
+    assert "fire train RUN --from hf://datasets/me/data    #" in hub.repos[DATA].tree["README.md"].decode()
     models.tree = {**models.tree, "config.json": b"{}"}
     done(caller.fire("train", tmp_path / "mine", "--from", "hf://datasets/me/data", *few))
     assert open_run(tmp_path / "mine").current_round() == 1
@@ -417,7 +418,7 @@ def test_somebody_elses_repository_is_left_alone(run: Run, hub: Hub, caller: Cal
 def test_what_is_not_sealed_or_not_there_is_not_pushed(run: Run, hub: Hub, caller: Caller, tmp_path: Path) -> None:
     refused = caller.fire("push", run.root, "me/data", "--stage", "weights/nothing")
     assert refused["code"] == 2
-    assert "weights/uniform round-000" in refused["err"]
+    assert "weights/uniform round 0" in refused["err"]
     damaged = tmp_path / "damaged"
     shutil.copytree(run.root, damaged)
     (damaged / "scores/round-000/00001.parquet").write_bytes(b"x")

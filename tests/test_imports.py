@@ -27,6 +27,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "rules.weights", "rules.masks",
         "rules.advantages", "rules.candidates", "rules.topk", "rules.forward_kl", "rules.expression",
         "verify.answers", "verify.choice", "verify.estimates", "verify.bootstrap", "verify.program", "pyfile",
+        "harmless",
         "explain.formula", "explain.rule", "reference", "reference.columns", "reference.config", "reference.rules",
         "diagnose", "diagnose.auroc", "diagnose.checks", "diagnose.finding", "diagnose.measure", "diagnose.premise",
         "diagnose.responses", "diagnose.signals", "compare", "compare.asked", "compare.plot", "compare.tally",

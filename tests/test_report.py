@@ -17,19 +17,22 @@ pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
 
 from fire_data import files
-from fire_data.report import page, sample, settings, write_report
+from fire_data.compare import plot
+from fire_data.harmless import shown
+from fire_data.report import data, page, sample, settings, write_report
 from fire_data.report.data import drop_reasons, histogram, kept_by, rounds
 from fire_data.report.measure import COLUMNS, PARTS, Tally
 from fire_data.report.page import as_json
 from fire_data.report.plots import PAINT, filter_histogram, kept_bars, painted
 from fire_data.report.tables import open_tables
-from fire_data.report.text import joined, shown
+from fire_data.report.text import joined
 from fire_data.report.trajectories import load_words
 from fire_data.run import Run, open_run
 from fire_data.schemas.config import Config
 from fire_data.schemas.errors import ConfigError, DamagedError, IncompleteError, StorageError
 from fire_data.schemas.tables import JOINT, conform
 from fire_data.stages import Stage, plan_shards, run_stage
+from fire_data.steps.compare import compare
 from fire_data.tokenview import Piece
 from tests.conftest import Answer, flip, shard_files
 from tests.reported import Row, make_report_run, many
@@ -81,7 +84,15 @@ def test_concentration_and_effective_share_are_those_of_the_sorted_coefficients(
         exact = np.interp(point["tokens"] * len(sizes), np.arange(len(sizes) + 1), held)
         assert point["mass"] == pytest.approx(exact, abs=1e-3)
     effective = sizes.sum() ** 2 / (sizes**2).sum() / len(sizes)
-    assert tally.effective_share == pytest.approx(effective, rel=1e-5)
+    assert tally.effective_signal_share == pytest.approx(effective, rel=1e-5)
+
+
+def test_the_effective_signal_is_the_one_that_compare_names_so(run: Run, html: str) -> None:
+    (rule,) = compare(run, 0, "fire")["rules"]
+    share = f"{100 * rule['effective_signal_share']:.3g} %"
+    assert f"<dt>effective signal</dt><dd>{share}</dd>" in html
+    assert f"<td>{share}</td></tr>" in html
+    assert "effective sample" not in html
 
 
 def test_the_plane_counts_every_kept_token_once_in_its_cell_with_its_weight(run: Run) -> None:
@@ -92,8 +103,8 @@ def test_the_plane_counts_every_kept_token_once_in_its_cell_with_its_weight(run:
     weight = kept["weight"].explode().to_numpy()
     assert plane.tokens.sum() == len(weight)
     assert np.nansum(plane.tokens * plane.mean_weight) == pytest.approx(weight.sum(), rel=1e-6)
-    edges = [np.concatenate([e[:-1], [np.inf]]) for e in plane.edges]
-    by_hand, _, _ = np.histogram2d(entropies[0], entropies[1], bins=edges)
+    assert all(values.max() < edges[-2] for values, edges in zip(entropies, plane.edges, strict=True)), "none beyond"
+    by_hand, _, _ = np.histogram2d(entropies[0], entropies[1], bins=plane.edges)
     moved = np.abs(by_hand - plane.tokens).sum()
     assert moved <= 4, "but for a token on an edge, cells hold what lies between their edges"
     assert plane.tokens.shape[0] > 3
@@ -154,8 +165,14 @@ def test_rounds_have_the_numbers_of_their_tables(tmp_path: Path) -> None:
     assert first["reverse_kl"] != second["reverse_kl"]
 
 
+def tiles(path: Path) -> dict[str, tuple[str, str]]:
+    """The numbers in the head of a page, each with its note."""
+    found = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd><dd class=\"note\">(.*?)</dd>", path.read_text())
+    return {label: (value, note) for label, value, note in found}
+
+
 def test_accuracy_is_that_of_the_student_after_as_many_rounds(tmp_path: Path) -> None:
-    run = make_report_run(tmp_path / "run", many(8))
+    run = make_report_run(tmp_path / "run", many(8), rounds=2)
     for place, rewards in (("start", [0.0, 0.0, 1.0, 0.0]), (0, [1.0, 1.0, 1.0, 0.0])):
         table = pa.table({
             "prompt_id": ["a", "b", "a", "b"], "mode": ["greedy", "greedy", "sampled", "sampled"], "sample": [0] * 4,
@@ -169,9 +186,12 @@ def test_accuracy_is_that_of_the_student_after_as_many_rounds(tmp_path: Path) ->
         {"trained": 0, "accuracy_greedy": 0.0, "accuracy_sampled": 0.5},
         {"trained": 1, "accuracy_greedy": 1.0, "accuracy_sampled": 0.5},
     ]
-    html = write_report(run, tmp_path / "report.html").path.read_text()
-    assert "accuracy, greedy" in html
-    assert "There is no evaluation yet" not in html
+    first, second = (write_report(run, tmp_path / f"{n}.html", round=n).path for n in (0, 1))
+    assert tiles(first)["accuracy, greedy"] == ("100 %", "after training on this round; before it 0 %")
+    assert tiles(second)["accuracy, greedy"] == ("100 %", "before training on this round")
+    assert "at the start" not in tiles(first)["KL to the teacher"][1]
+    assert "at the start" in tiles(second)["KL to the teacher"][1]
+    assert "There is no evaluation yet" not in first.read_text()
 
 
 def test_a_divergence_that_no_engine_gave_is_estimated_and_said_to_be(tmp_path: Path) -> None:
@@ -422,6 +442,16 @@ def test_figures_follow_the_theme_and_hold_hostile_names_as_text() -> None:
     assert not any(colour in filter_histogram({"bars": bars, "weighed": True}) for colour in PAINT.values())
 
 
+def test_control_characters_in_a_figure_do_not_end_the_process(run: Run) -> None:
+    found = compare(run, 0, "fire,uniform")
+    told = json.loads(json.dumps(found).replace("uniform", "a\\u0007b"))
+    assert "\x07" in told["rules"][1]["rule"]
+    drawn = json.dumps(plot.drawable(plot.figure(told)))
+    assert r"\u0007" not in drawn, "the renderer would abort"
+    assert r"a\x07b" in plot.svg(told)
+    assert r"a\x07b" in kept_bars([{"by": "teacher", "group": "a\x07b", "trajectories": 3, "kept": 0.5}])
+
+
 def test_settings_show_no_secret_and_what_differs_from_the_defaults() -> None:
     config = Config.model_validate({
         "student": {"model": "s", "url": "http://user:hunter2@host/v1?api_key=hunter2&x=1", "api_key_env": "MY_KEY"},
@@ -472,6 +502,26 @@ def test_the_command_says_what_is_missing_and_how_to_make_it(
     html = (run.root / "report.html").read_text()
     assert f"fire score {run.root} --round 0" in html
     assert f"fire eval {run.root}" in html
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, "1 that lies below it"), (2, "2 that lie below it")])
+def test_the_first_bar_says_what_lies_below_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, words: str
+) -> None:
+    monkeypatch.setattr(data, "histogram", lambda rows: {**(histogram(rows) or {}), "below": count})
+    assert f"The first bar also holds {words}." in write_report(run, tmp_path / "a.html").path.read_text()
+
+
+def test_weights_of_no_round_are_answered_with_those_that_are_there(tmp_path: Path, fire: Fire) -> None:
+    run = make_report_run(tmp_path / "run", many(8), others=["uniform"])
+    for command in ("report RUN --name", "report RUN --against", "inspect RUN --name", "explain RUN 0 --name",
+                    "diagnose RUN --name"):  # fmt: skip
+        asked = command.replace("RUN", str(run.root)).split()
+        answer = fire(*asked, "unifrom")
+        assert answer.code == 4
+        assert "there are no weights 'unifrom'; there are: uniform, fire" in answer.err, "the nearest first"
+        assert answer.fix.startswith("one of these; ")
+        assert fire(*asked, "tip").fix == f"fire weigh {run.root} --round 0 --rule tip", "a rule's name is no slip"
 
 
 def test_without_the_extra_the_command_says_what_to_install(

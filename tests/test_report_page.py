@@ -480,6 +480,46 @@ def test_the_page_is_readable_on_a_phone(browser: Any, page: Path) -> None:
         assert column["width"] > 330
 
 
+def test_on_a_phone_the_numbers_come_with_a_chosen_token_and_go_again(browser: Any, page: Path) -> None:
+    with opened(browser, page, width=390, is_mobile=True, has_touch=True) as found:
+        near(found)
+        numbers, token = found.page.locator("#numbers"), found.page.locator("#tokens-a span[data-at]")
+        assert numbers.is_hidden()
+        token.last.tap()
+        assert numbers.is_visible()
+        assert token.last.bounding_box()["y"] < numbers.bounding_box()["y"], "they do not cover it"
+        found.page.locator("#close").tap()
+        assert numbers.is_hidden()
+        token.nth(1).tap()
+        found.page.keyboard.press("Escape")
+        assert numbers.is_hidden()
+        found.page.keyboard.press("ArrowRight")
+        assert numbers.is_visible()
+        found.page.locator("#list li").nth(1).tap()
+        assert numbers.is_hidden(), "of another trajectory no token is chosen"
+    with opened(browser, page) as found:
+        near(found)
+        assert found.page.locator("#numbers").is_visible(), "a wide window has room for them"
+        assert found.page.locator("#close").is_hidden()
+
+
+@pytest.mark.parametrize("prints", [False, True])
+def test_trajectories_are_there_without_scrolling_and_on_paper(browser: Any, page: Path, prints: bool) -> None:
+    never = "Object.defineProperty(window, 'requestIdleCallback', { value: () => 0 })"
+    context = browser.new_context(offline=True)
+    tab = context.new_page()
+    if prints:
+        tab.add_init_script(never)
+    tab.goto(page.as_uri())
+    if prints:
+        assert tab.locator("#list li").count() == 0
+        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    tab.wait_for_selector("#tokens-a span", state="attached", timeout=5_000)
+    assert tab.locator("#list li").count() == 40
+    assert tab.evaluate("scrollY") == 0
+    context.close()
+
+
 def test_the_theme_follows_the_system_and_can_be_switched(browser: Any, page: Path) -> None:
     paper = "getComputedStyle(document.body).backgroundColor"
     line = "getComputedStyle(document.querySelector('figure svg [stroke^=var]')).stroke"

@@ -153,6 +153,27 @@ def test_training_other_weights_onto_a_checkpoint_is_refused(make_run: MakeRun, 
         train(Session(other), 0)
 
 
+def test_a_trained_round_is_about_the_weights_it_was_trained_on(
+    make_run: MakeRun, tmp_path: Path, fire: Callable[..., Any]
+) -> None:
+    run = make_run(tmp_path / "run")
+    _up_to_weights(run)
+    for command in (
+        ["weigh", run.root, "--rule", "uniform", "--name", "plain"],
+        ["train", run.root, "--set", "train.weights=plain"],
+    ):
+        assert fire(*command).code == 0
+    later = fd.open_run(run.root)
+    assert later.config.trained_weights == "fire"
+    plain = later.weights("plain", 0).collect()
+    assert later.weights(round=0).collect().equals(plain)
+    assert not plain["coefficient"].equals(later.weights("fire", 0).collect()["coefficient"])
+    assert ", weights plain: 1 round trained" in fire("status", run.root).out
+    shown = fire("inspect", run.root, 0, "--round", 0, "--json").json
+    assert shown["coefficient"] == plain["coefficient"][0].to_list()
+    assert later.part("weights", 1).name == "fire", "what comes next is as configured"
+
+
 def test_a_round_cannot_start_without_the_state_before_it(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     refresh(Session(run), 1)

@@ -207,6 +207,18 @@ def test_a_damaged_shard_is_made_again_alone_with_the_same_bytes(
     assert contents(scored.root) == before
 
 
+def test_a_finished_stage_says_that_there_is_nothing_to_do(trained: Run, fire: Fire) -> None:
+    for stage, label in (
+        ("rollout", "rollouts"),
+        ("score", "scores"),
+        ("weigh", "weights/fire"),
+        ("train", "checkpoints"),
+    ):
+        answer = fire(stage, trained.root, "--round", 0)
+        assert answer.code == 0
+        assert f"{label} round-000 was finished before: nothing to do" in answer.err
+
+
 def test_a_damaged_checkpoint_is_exported_again_with_the_same_bytes(trained: Run, fire: Fire) -> None:
     part = trained.part("checkpoints", 1)
     weights = next(part.folder.glob("*.safetensors"))

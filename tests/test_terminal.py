@@ -58,6 +58,19 @@ def test_messages_of_a_trajectory_have_no_control_characters(
     assert all(line.isprintable() for line in lines)
 
 
+def test_a_response_without_a_tokenizer_is_as_it_is_stored_without_control_characters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"messages": [], "response": EVIL, "response_ids": [7, 8], "weight": [0.25, 1.0]}
+    monkeypatch.setattr("fire_data.tokenview.trajectory", lambda *_: row)
+    monkeypatch.setattr("fire_data.tokenview.student_tokenizer", lambda _: (None, f"there is no {EVIL}"))
+    show_trajectory(Mock(), 0, "0", None, False)
+    out, err = capsys.readouterr()
+    assert err == f"tokens are shown without their text: there is no {SHOWN}\n"
+    assert out.splitlines()[0] == SHOWN
+    assert [line.split() for line in out.splitlines()[2:]] == [["0", "7", "0.250"], ["1", "8", "1.000"]]
+
+
 def test_no_column_and_no_digit_is_cropped(capsys: pytest.CaptureFixture[str]) -> None:
     show(ROUNDS, False, title="t" * 100)
     lines = capsys.readouterr().out.splitlines()

@@ -167,6 +167,18 @@ def test_what_a_function_starts_ends_with_it(tmp_path: Path) -> None:
     wait_for(lambda: not any(map(alive, pids)))
 
 
+def test_what_a_function_leaves_behind_ends_with_the_verifier(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    body = (
+        "import subprocess\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"    open({str(note)!r}, 'w').write(str(child.pid))\n"
+        "    return 1"
+    )
+    assert grade(VerifyConfig(kind=function(tmp_path, body)), tmp_path, ["a"])[0].reward == 1
+    wait_for(lambda: not alive(int(note.read_text())))
+
+
 # --- processes ----------------------------------------------------------------------------------------------------
 
 

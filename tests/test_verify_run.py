@@ -179,6 +179,20 @@ def test_rewards_of_verify_take_the_place_of_the_rollouts_own(
     assert "addons" not in sealed(run.part("weights", 0)).fields
 
 
+def test_rewards_that_were_begun_have_to_be_finished_before_a_rule_reads_any(
+    tmp_path: Path, make_fake_run: MakeRun, fire: Fire
+) -> None:
+    run = make_fake_run(tmp_path / "run", rollout={"verifier": "exact"})
+    assert fire("rollout", run.root).code == fire("score", run.root).code == 0
+    assert fire("weigh", run.root, "--rule", "verified-only").code == 0
+    (tmp_path / "grader.py").write_text("def boom(response, answer, extra):\n    raise ValueError('no')\n")
+    assert fire("verify", run.root, "--kind", f"{tmp_path / 'grader.py'}:boom").code != 0
+    answer = fire("weigh", run.root, "--rule", "verified-only", "--name", "other")
+    assert answer.code == 4
+    assert answer.fix == f"fire verify {run.root} --round 0"
+    assert fire("weigh", run.root, "--rule", "uniform").code == 0, "no other rule cares"
+
+
 def test_making_rewards_anew_sets_aside_what_was_made_from_them_and_nothing_else(scored: Run) -> None:
     verify(scored, 0)
     weigh(open_run(scored.root, ("weigh.rule=verified-only",)), 0)
@@ -201,6 +215,15 @@ def test_refresh_rounds_grade_by_themselves_what_the_rule_reads(tmp_path: Path, 
     assert row["reward"] == sealed(run.part("addons", 0, REWARD)).stats["mean_reward"]
     graded = open_run(run.root, ("rollout.verifier=exact",))
     assert graded.needed_addons() == ()  # the rollouts have rewards of their own
+
+
+def test_a_loop_that_could_not_grade_ends_before_it_samples(tmp_path: Path, make_fake_run: MakeRun, fire: Fire) -> None:
+    given = prompts(tmp_path, {"prompt": "1", "answer": "1"}, {"prompt_id": "q", "prompt": "2"})
+    run = make_fake_run(tmp_path / "run", prompts=given, eval={"prompts": None}, weigh={"rule": "verified-only"})
+    answer = fire("run", run.root)
+    assert answer.code == 3
+    assert "prompt 'q' has no answer" in answer.err
+    assert not (run.root / "rollouts").exists()
 
 
 def test_the_next_command_is_verify_where_the_rule_asks_for_rewards(scored: Run, fire: Fire) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 
 from fire_data.compare.tally import PLACES
+from fire_data.harmless import shown
 from fire_data.schemas.errors import ConfigError
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito
@@ -50,12 +51,26 @@ def figure(comparison: dict[str, Any]) -> Any:
     return chart.configure_view(stroke="#bbb").configure_axis(labelLimit=200, grid=False)
 
 
+def drawable(chart: Any) -> dict[str, Any]:
+    """An Altair chart as what `vl_convert` draws: every text in it is harmless, or the renderer ends the process."""
+    found: dict[str, Any] = _harmless(chart.to_dict())
+    return found
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _harmless(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_harmless(v) for v in value]
+    return shown(value) if isinstance(value, str) else value
+
+
 def svg(comparison: dict[str, Any]) -> str:
     """The figure as SVG. Raises ConfigError without the extra `report`."""
     require_plots()
     import vl_convert
 
-    return str(vl_convert.vegalite_to_svg(figure(comparison).to_dict()))
+    return str(vl_convert.vegalite_to_svg(drawable(figure(comparison))))
 
 
 def png(comparison: dict[str, Any]) -> bytes:
@@ -63,11 +78,11 @@ def png(comparison: dict[str, Any]) -> bytes:
     require_plots()
     import vl_convert
 
-    return bytes(vl_convert.vegalite_to_png(figure(comparison).to_dict(), scale=2))
+    return bytes(vl_convert.vegalite_to_png(drawable(figure(comparison)), scale=2))
 
 
 def _kept(comparison: dict[str, Any], width: int, height: int) -> Any:
-    """Kept tokens against the effective share of all tokens, each point with its name."""
+    """Kept tokens against the effective signal, each point with its name."""
     import altair as alt
 
     told = [r for r in comparison["rules"] if r["effective_signal_share"] is not None]
@@ -94,8 +109,8 @@ def _kept(comparison: dict[str, Any], width: int, height: int) -> Any:
     x_scale = alt.Scale(domain=[0, _ROOM], nice=False)
     y_scale = alt.Scale(type="sqrt", domain=[0, 1], nice=False)
     x = alt.X("kept:Q", title="kept tokens", scale=x_scale, axis=across)
-    y = alt.Y("effective:Q", title="effective share of tokens, (Σ|c|)² / (N Σc²)", scale=y_scale, axis=down)
-    # An effective share is never above the kept one, so the legend's corner is empty.
+    y = alt.Y("effective:Q", title="effective signal, (Σ|c|)² / (N Σc²) of all tokens", scale=y_scale, axis=down)
+    # The effective signal is never above the kept share, so the legend's corner is empty.
     legend = alt.Legend(orient="top-left", symbolType="circle", symbolOpacity=1, fillColor="white", padding=4)
     meaning = alt.Scale(domain=["rule", "inert rule"], range=[COLOURS[0], "#767676"])
     colour = alt.Color("inert:N", title=None, scale=meaning, legend=legend)

@@ -1,4 +1,4 @@
-"""The demo's learning curve as SVG, and as a page that needs no script and no network."""
+"""The demo's learning curves as a page that needs no script and no network, drawn and themed as a report is."""
 
 from __future__ import annotations
 
@@ -6,57 +6,63 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fire_data.harmless import shown
+from fire_data.report.page import digest, resource
+from fire_data.report.plots import over_rounds
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>fire demo</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-svg {{ max-width: 100%; height: auto }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }}
-td, th {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
-div {{ overflow-x: auto }}
-</style></head><body><h1>Accuracy on held-out prompts, round by round</h1>
-<p>Arms start from the same student, seed and first rollouts. Solid: greedy. Dashed: sampled at temperature 1.</p>
-{svg}<div><table><tr>{head}</tr>{body}</table></div></body></html>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src '{digest}'; img-src data:">
+<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">
+<title>fire demo</title><style>{style}</style></head><body>
+<header><p class="kind">fire demo</p><h1>Accuracy on held-out prompts</h1>
+<p class="lede">Arms start from the same student, seed and first rollouts. Exact match, by rounds of training.</p>
+</header>
+<main><section><div class="grid two">{figures}</div>
+<div class="wide" tabindex="0" role="region" aria-label="The same in numbers"><table>{table}</table></div>
+</section></main></body></html>
 """
 
 
 def write_curve(folder: Path, tables: dict[str, list[dict[str, Any]]], sampled: str) -> Path:
-    """Write `learning.svg` and `learning.html` and return the page; `sampled` names the temperature-1 column."""
-    import altair as alt
-    import polars as pl
+    """Write `learning.html` and return it.
 
-    points = [
-        {"arm": arm, "round": i, "decoding": decoding, "accuracy": row[key]}
-        for arm, table in tables.items()
-        for i, row in enumerate(table)
-        for decoding, key in (("greedy", "greedy"), ("temperature 1", sampled))
-        if row.get(key) is not None
-    ]
-    scale = alt.Scale(domain=list(tables), range=["#d55e00", "#0072b2"][: len(tables)])  # safe for colour-blind eyes
-    stroke = alt.Legend(symbolType="stroke", symbolStrokeWidth=3)
-    base = alt.Chart(pl.DataFrame(points), width=640, height=340).encode(
-        x=alt.X("round:Q", title="rounds trained", axis=alt.Axis(tickMinStep=1)),
-        y=alt.Y("accuracy:Q", title="exact match", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%")),
-        color=alt.Color("arm:N", scale=scale, title="rule", legend=stroke),
-        detail="decoding:N",
-    )
-    dash = alt.StrokeDash("decoding:N", sort=["greedy", "temperature 1"], title="decoding")
-    chart = base.mark_line().encode(strokeDash=dash) + base.mark_point(filled=True)
-    chart.save(folder / "learning.svg")
-    svg = (folder / "learning.svg").read_text(encoding="utf-8")
+    Args:
+        tables: of every arm `steps.refresh.round_table`: one row for the start, then one per round.
+        sampled: the column of accuracy at temperature 1.
+    """
+    decodings = {"Greedy": "greedy", "Sampled, T = 1": sampled}
+    arms = {str(i): arm for i, arm in enumerate(tables)}
+    rounds = range(max(map(len, tables.values())))
+    told = {
+        title: [
+            {"trained": n, **{i: tables[arm][n].get(key) if n < len(tables[arm]) else None for i, arm in arms.items()}}
+            for n in rounds
+        ]
+        for title, key in decodings.items()
+    }
+    drawn = [(title, over_rounds(rows, arms, format=".0%", whole=True)) for title, rows in told.items()]
+    figures = "".join(_figure(title, svg) for title, svg in drawn if svg)
+    style = resource("report.css")
     page = folder / "learning.html"
-    page.write_text(_PAGE.format(svg=svg, **_table(tables, sampled)), encoding="utf-8")
+    text = _PAGE.format(digest=digest(style), style=style, figures=figures, table=_table(told, arms))
+    page.write_text(text, encoding="utf-8")
     return page
 
 
-def _table(tables: dict[str, list[dict[str, Any]]], sampled: str) -> dict[str, str]:
-    names = [f"{arm} {what}" for arm in tables for what in ("greedy", "T=1")]
-    head = "".join(f"<th>{escape(n)}</th>" for n in ["round", *names])
+def _figure(title: str, svg: str) -> str:
+    label = f'<figure role="group" aria-label="{title}"><figcaption>{title}</figcaption>'
+    return f'{label}<div class="plot">{svg}</div></figure>'
+
+
+def _table(told: dict[str, list[dict[str, Any]]], arms: dict[str, str]) -> str:
+    """Rounds downwards; across, every arm below each decoding."""
+    names = "".join(f"<th>{escape(shown(arm))}</th>" for arm in arms.values())
+    above = "".join(f'<th colspan="{len(arms)}">{title}</th>' for title in told)
+    head = f'<tr><th rowspan="2">rounds</th>{above}</tr><tr>{names * len(told)}</tr>'
     rows = []
-    for i in range(max(map(len, tables.values()))):
-        values = [t[i].get(k) if i < len(t) else None for t in tables.values() for k in ("greedy", sampled)]
-        cells = ["start" if i == 0 else str(i - 1), *("–" if v is None else f"{v:.1%}" for v in values)]
-        rows.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    return {"head": head, "body": "".join(rows)}
+    for n, _ in enumerate(next(iter(told.values()))):
+        values = [points[n][i] for points in told.values() for i in arms]
+        cells = "".join(f"<td>{'–' if v is None else f'{v:.1%}'}</td>" for v in values)
+        rows.append(f'<tr><th scope="row">{n}</th>{cells}</tr>')
+    return f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody>"

@@ -99,13 +99,20 @@ class Explanation:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def ranked_by(self) -> str:
+        """What `max` and `min` go by: where every coefficient is 0, as of a dropped trajectory, what would make it."""
+        return "coefficient" if any(self.coefficients) else "weight * advantage"
+
     def position(self, which: str) -> int:
-        """The token that is meant by a position from 0, or by `max` or `min`: the largest or smallest coefficient.
+        """The token that is meant by a position from 0, or by `max` or `min`: the largest or smallest of `ranked_by`.
 
         Raises ConfigError if there is none.
         """
         if which in ("max", "min") and self.ids:
-            return int(np.argmax(self.coefficients) if which == "max" else np.argmin(self.coefficients))
+            weight, advantage = (np.array(q.values) for q in self.factors[:2])
+            ranked = self.coefficients if any(self.coefficients) else weight * advantage
+            return int(np.argmax(ranked) if which == "max" else np.argmin(ranked))
         if not which.isdecimal() or int(which) >= len(self):
             fix = f"a position from 0 to {len(self) - 1}, max or min" if self.ids else "the response is empty"
             raise ConfigError(
@@ -147,6 +154,7 @@ class Explanation:
             "statistics": _plain(self.statistics),
             "step": self.step,
             "denominator": self.denominator._asdict(),
+            "ranked_by": self.ranked_by,
             "tokens": [self.token(i).as_dict() for i in chosen],
         }
 

@@ -122,7 +122,7 @@ def weight_factors(row: Weighed) -> list[Quantity]:
 
 
 def factors(row: Weighed) -> list[Quantity]:
-    """Weight, advantage, filter, masks, correction and denominator."""
+    """Weight, advantage, filter, masks, correction and denominator, in this order."""
     return [_weight(row), _advantage(row), *_counts(row), *_rollout_is(row), _divisor(row)]
 
 

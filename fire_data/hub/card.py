@@ -115,9 +115,9 @@ def _globs(stage: str, name: str, found: list[Manifest]) -> str | list[str]:
 
 Tables = Mapping[tuple[str, str], list[Manifest]]
 
-_INTRODUCTION = """On-policy distillation data made with [fire](https://pypi.org/project/fire-opd/): a student wrote the
-responses, a teacher scored every token of them, and rules turned the scores into one coefficient per token.
-One row is one trajectory; columns of tokens are lists with one element per response token."""
+_INTRODUCTION = """On-policy distillation data made with the `fire` toolkit: a student wrote the responses, a teacher
+scored every token of them, and rules turned the scores into one coefficient per token. One row is one trajectory;
+columns of tokens are lists with one element per response token."""
 
 
 def _loading(repo: str, tables: Tables) -> str:
@@ -131,12 +131,27 @@ rows = pl.scan_parquet("hf://datasets/{repo}/{folder}/**/*.parquet")
 ```
 
 ```console
-$ fire pull {repo} RUN                            # an ordinary run: status, inspect, weigh, train
-$ fire train RUN --from hf://datasets/{repo}      # train on it at once
-```
+{_commands(repo, tables)}
 
 Rows of `weights-*` and `addons-*` stand in the order of `scores`; `trajectory_id` says so in each. A file that
 `fire/manifest.json` does not name is not part of the dataset."""
+
+
+def _commands(repo: str, tables: Tables) -> str:
+    """How `fire` uses it; where the student that wrote what is trained on is from a folder, what is to be named."""
+    pull = f"$ fire pull {repo} RUN    # an ordinary run: status, inspect, weigh, train\n"
+    first = next(iter(tables.get(("scores", ""), [])), None)
+    weights = str((first.fields.get("student") or {}).get("weights")) if first is not None else "checkpoint:"
+    if first is None or weights.startswith("checkpoint:"):
+        return f"{pull}```"
+    train = f"$ fire train RUN --from hf://datasets/{repo}"
+    if weights.startswith("hub:"):
+        return f"{pull}{train}    # train on it at once\n```"
+    return f"""{pull}{train} --student FOLDER    # train on it at once
+```
+
+`FOLDER` is the very model that wrote the responses, {code(first.recorded.get("student"))} with the weights
+{code(weights)}. It is not part of the dataset: ask its author."""
 
 
 def _models(tables: Tables) -> str:

@@ -132,7 +132,7 @@ def model_card(run: Run, checkpoint: Manifest, repo: str, licence: str | None) -
     settings = [(code(k), code(v)) for k, v in checkpoint.fields["train"].items() if v is not None]
     sections = [
         f"# {repo.partition('/')[2]}",
-        "A student trained by on-policy distillation with [fire](https://pypi.org/project/fire-opd/).",
+        "A student trained by on-policy distillation with the `fire` toolkit.",
         "## How to load",
         f'```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
         f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'

@@ -24,6 +24,7 @@ Kind = Literal["dataset", "model"]
 Source = Path | bytes
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_XET = re.compile(r"xet-(read|write)-token|xethub")  # the addresses of what moves large files
 _LOGIN = "hf auth login (or set HF_TOKEN)"
 _AGAIN = "the same command again continues"
 
@@ -75,9 +76,14 @@ class Repository:
         if get_token() is None:
             raise ConfigError("there is no token for the Hub", where=self.where, fix=_LOGIN)
 
+    def exists(self) -> bool:
+        """Whether there is such a repository that this user may see."""
+        with self._told() as api:
+            return bool(api.repo_exists(self.id, repo_type=self.kind))
+
     def create(self, private: bool) -> Head:
         """The repository, new or as it is, with its branch. Raises ConfigError if it is public against the wish."""
-        with self._told() as api:
+        with self._told(writes=True) as api:
             api.create_repo(self.id, repo_type=self.kind, private=private, exist_ok=True)
             if self.revision not in (None, "main"):
                 api.create_branch(self.id, repo_type=self.kind, branch=str(self.revision), exist_ok=True)
@@ -128,7 +134,7 @@ class Repository:
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        with self._told() as api, _quiet():
+        with self._told(writes=True) as api, _quiet():
             operations: list[Any] = [CommitOperationAdd(path, source) for path, source in files.items()]
             operations += [CommitOperationDelete(path) for path in delete]
             info = api.create_commit(
@@ -138,8 +144,8 @@ class Repository:
         return str(info.oid)
 
     @contextmanager
-    def _told(self) -> Iterator[HfApi]:
-        """The client; what it raises, as a FireError."""
+    def _told(self, *, writes: bool = False) -> Iterator[HfApi]:
+        """The client; what it raises, as a FireError. `writes`: the token needs the right to."""
         from huggingface_hub import HfApi, errors
 
         http_error: type[Exception] = vars(errors)["HTTPError"]  # that of whichever HTTP library it uses
@@ -148,9 +154,9 @@ class Repository:
         except (http_error, OSError, RuntimeError, ValueError, errors.EntryNotFoundError) as error:
             # An upload in a thread, and a file without an answer, are wrapped once more; what matters is behind it.
             wrapped = isinstance(error, RuntimeError | errors.LocalEntryNotFoundError)
-            raise self._explained((error.__cause__ if wrapped else None) or error) from None
+            raise self._explained((error.__cause__ if wrapped else None) or error, writes) from None
 
-    def _explained(self, error: BaseException) -> FireError:
+    def _explained(self, error: BaseException, writes: bool) -> FireError:
         from huggingface_hub import errors
 
         where, line = self.where, _line(error)
@@ -161,12 +167,18 @@ class Repository:
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
         if isinstance(error, errors.GatedRepoError):
             return ConfigError("access has to be asked for", where=where, fix=f"ask on its page, then {_LOGIN}")
+        if (isinstance(error, errors.RepositoryNotFoundError) or status == 401) and writes:
+            text = f"the token has no right to write here, or there is no such {self.kind}"
+            return ConfigError(text, where=where, fix=f"check the name; {_LOGIN} with a token that may write")
         if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
             text = f"there is no such {self.kind}, or it is private and the token does not open it"
             return ConfigError(text, where=where, fix=f"check the name; {_LOGIN}")
         if status == 403:
             text = f"the token may not do this: {line}"
             return ConfigError(text, where=where, fix="hf auth login with one that may write")
+        if _XET.search(str(error)):
+            text = f"xet, how the Hub moves large files, failed: {line}"
+            return IncompleteError(text, where=where, fix=f"{_AGAIN}; with HF_HUB_DISABLE_XET=1 it goes without xet")
         if status in (409, 412):
             return IncompleteError(f"somebody else changed it meanwhile: {line}", where=where, fix=_AGAIN)
         if status == 429:

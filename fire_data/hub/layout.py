@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -96,9 +97,27 @@ def _called(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _nothing(what: str, there: list[Manifest], where: str) -> ConfigError:
-    found = ", ".join(part_of(Path(), m).label for m in there) or "none"
+    found = in_words(part_of(Path(), m).label for m in there) or "none"
     fix = "name rounds and stages that are there" if there else "fire status RUN says what is left to do"
     return ConfigError(f"there is no sealed table {what}; there are: {found}", where=where, fix=fix)
+
+
+def in_words(labels: Iterable[str]) -> str:
+    """Stages of rounds in few words, stage by stage: `evals start and rounds 0-3; scores rounds 0, 4-9`."""
+    places: dict[str, list[str]] = {}
+    for label in labels:
+        stage, _, place = label.rpartition(" ")
+        places.setdefault(stage, []).append(place)
+    return "; ".join(f"{stage} {_places(found)}" for stage, found in places.items())
+
+
+def _places(found: Sequence[str]) -> str:
+    numbers = sorted({int(p.removeprefix("round-")) for p in found if p != "start"})
+    # In a row of numbers one after the other, number and place differ by the same.
+    rows = [[n for _, n in row] for _, row in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    told = ", ".join(str(row[0]) if len(row) == 1 else f"{row[0]}-{row[-1]}" for row in rows)
+    rounds = [f"round{'s' * (len(numbers) > 1)} {told}"] if numbers else []
+    return " and ".join([*(["start"] if "start" in found else []), *rounds])
 
 
 def require_same_run(mine: Stages, theirs: Stages, *, where: str, fix: str) -> None:
@@ -112,8 +131,6 @@ def require_same_run(mine: Stages, theirs: Stages, *, where: str, fix: str) -> N
             continue
         label = part_of(Path(), manifest).label
         changed = "; ".join(differences(other.fields, manifest.fields)) or "other rows from the same settings"
-        if not manifest.sealed:
-            changed = "it was begun here and is not finished"
         raise FingerprintError(f"{label} is another one here than on the Hub: {changed}", where=where, fix=fix)
     if not both:
         raise FingerprintError("the run and the repository have no stage in common", where=where, fix=fix)

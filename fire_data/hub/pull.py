@@ -6,6 +6,7 @@ and the stage when all of it is there. Nothing of a repository is executed, and 
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +31,17 @@ from fire_data.hub.layout import (
 )
 from fire_data.hub.push import LARGEST_INDEX
 from fire_data.hub.redact import shared_config, shared_manifest
+from fire_data.overview import start_over
 from fire_data.run import Run, open_run
 from fire_data.schemas.config import parse_config, parse_yaml, render_config
-from fire_data.schemas.errors import ConfigError, DamagedError, DataError, IncompleteError
+from fire_data.schemas.errors import (
+    ConfigError,
+    DamagedError,
+    DataError,
+    FingerprintError,
+    FireError,
+    IncompleteError,
+)
 from fire_data.schemas.manifest import Receipt
 from fire_data.schemas.tables import conform
 from fire_data.shards import Part, intact
@@ -60,6 +69,7 @@ def pull(
     rounds: Sequence[int] | None = None,
     stages: Sequence[str] | None = None,
     revision: str | None = None,
+    redo: bool = False,
     report: Reporter | None = None,
 ) -> dict[str, Any]:
     """Make the tables of a shared run a run directory here; continue, complete, mend or confirm one that is there.
@@ -69,6 +79,7 @@ def pull(
         root: a new or empty folder, or a run that the repository is of. Its fire.yaml, if there is one, stays.
         rounds, stages: as for `push`; None: all.
         revision: branch, tag or commit.
+        redo: set stages aside that were begun here and not finished, and that the repository has.
 
     Returns:
         What was pulled: `repository`, `commit`, `tables`, `files` downloaded and their `bytes`.
@@ -79,7 +90,7 @@ def pull(
         DataError: an index, settings or a table that cannot be used, or is not what its receipt says.
         IncompleteError: the push was not finished, or the network failed; the same call continues.
     """
-    return take(look(repo, root, revision), root, rounds, stages, report or Silent())
+    return take(look(repo, root, revision), root, rounds, stages, report or Silent(), redo=redo)
 
 
 def look(repo: str, root: Path, revision: str | None) -> Shared:
@@ -87,13 +98,25 @@ def look(repo: str, root: Path, revision: str | None) -> Shared:
     hub = Repository(repo, "dataset", revision)
     if root.exists() and not root.is_dir():
         raise ConfigError("this is a file, not a folder", where=str(root), fix="another folder")
-    commit = hub.head().commit
+    try:
+        commit = hub.head().commit
+    except ConfigError:
+        if _is_model(repo):
+            fix = f"as a student: fire init RUN --student {repo} --teacher MODEL --prompts FILE"
+            raise ConfigError("this is a model, not a dataset", where=f"hf://{repo}", fix=fix) from None
+        raise
     stages, settings = _texts(hub, commit)
     return Shared(hub, commit, stages, _settings(settings, root, stages, hub))
 
 
 def take(
-    shared: Shared, root: Path, rounds: Sequence[int] | None, stages: Sequence[str] | None, report: Reporter
+    shared: Shared,
+    root: Path,
+    rounds: Sequence[int] | None,
+    stages: Sequence[str] | None,
+    report: Reporter,
+    *,
+    redo: bool = False,
 ) -> dict[str, Any]:
     """Download what is asked for and is not there yet. Arguments, result and errors as of `pull`."""
     hub, commit = shared.hub, shared.commit
@@ -101,7 +124,7 @@ def take(
     wanted = {path: receipt for m in chosen for path, receipt in files_of(m).items()}
     _require_there(hub, wanted, commit)
     free_space(root, sum(r.bytes for path, r in wanted.items() if not (root / path).exists()))
-    run = _opened(root, shared)
+    run = _opened(root, shared, redo, report)
     report.start("pull", sum(r.bytes for r in wanted.values()), "bytes")
     done: list[int] = []
     with files.locked(run.root / ".fire" / "tmp" / "pull.lock", lambda: report.note("another command pulls: waiting")):
@@ -119,6 +142,13 @@ def take(
         "files": len(done),
         "bytes": sum(done),
     }
+
+
+def _is_model(repo: str) -> bool:
+    try:
+        return Repository(repo, "model").exists()
+    except FireError:  # what is wrong with the dataset is to be told, not this
+        return False
 
 
 def _texts(hub: Repository, commit: str) -> tuple[Stages, str]:
@@ -163,7 +193,7 @@ def _other(hub: Repository, path: str) -> DamagedError:
     return DamagedError(text, where=hub.where, fix="--revision COMMIT names one at which it was whole; tell its author")
 
 
-def _opened(root: Path, shared: Shared) -> Run:
+def _opened(root: Path, shared: Shared, redo: bool, report: Reporter) -> Run:
     """The run to pull into: the one that is there if it is the same, or a new one with the shared settings."""
     target, fix = root / CONFIG, f"fire pull {shared.hub.id} ANOTHER_FOLDER"
     if not target.exists():
@@ -172,7 +202,16 @@ def _opened(root: Path, shared: Shared) -> Run:
         files.create_bytes(target, render_config(shared.settings).encode(), root / ".fire" / "tmp")
     run = open_run(root)
     mine = {k: m for k, m in local_stages(run).items() if m.stage != "checkpoints"}
-    require_same_run(mine, shared.stages, where=str(root), fix=fix)
+    begun = [key for key, m in mine.items() if not m.sealed and key in shared.stages]
+    require_same_run({k: m for k, m in mine.items() if k not in begun}, shared.stages, where=str(root), fix=fix)
+    for key in begun:
+        part = part_of(root, mine[key])
+        if not redo:
+            at = ["--revision", shared.hub.revision] if shared.hub.revision else []
+            again = shlex.join(["fire", "pull", shared.hub.id, str(root), *at, "--redo"])
+            text = f"{part.label} is another one here than on the Hub: it was begun here and is not finished"
+            raise FingerprintError(text, where=str(root), fix=f"{again} sets it aside first; or {fix}")
+        start_over(run, part.stage, part.round, report, part.name)
     return run
 
 

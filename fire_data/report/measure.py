@@ -22,8 +22,7 @@ COLUMNS = (
 PARTS = 20  # of a response, by relative position
 _FINE = 0.02  # square root of nats: width of a bin of the plane while it is counted; most entropies are near 0
 _BINS = 256  # of these along one side, up to 26 nats; the last takes what is beyond
-_CELLS = 24  # most cells along one side of the plane that is shown
-_INSIDE = 0.995  # share of tokens that the shown plane holds; the rest goes to its edge
+_CELLS = 32  # most cells along one side of the plane that is shown
 _CURVE = 200  # points of the concentration curve
 RIGHT = 0.5  # reward from which an answer counts as correct
 
@@ -83,7 +82,7 @@ class Tally:
 
     @property
     def plane(self) -> Plane | None:
-        """The plane in at most 24 cells a side, its edge holding what lies beyond; None without kept tokens."""
+        """The plane up to the largest entropies, in at most 32 cells a side; None without kept tokens."""
         tokens, weight = self._plane.reshape(2, _BINS, _BINS)
         if not tokens.sum():
             return None
@@ -106,8 +105,8 @@ class Tally:
         return [{"tokens": float(x), "mass": float(y)} for x, y in zip(at, np.interp(at, tokens, held), strict=True)]
 
     @property
-    def effective_share(self) -> float | None:
-        """Effective sample size of the signal, (sum |c|)^2 / (N sum c^2), over all tokens; None without any signal."""
+    def effective_signal_share(self) -> float | None:
+        """As `fire compare` has it: (sum |c|)^2 / (N sum c^2), over all tokens; None without any signal."""
         tokens, mass = self._sizes.sum(axis=1)
         return float(mass**2 / self._squares / tokens) if self._squares else None
 
@@ -160,17 +159,17 @@ def _relative(lengths: np.ndarray) -> np.ndarray:
 
 
 def _side(tokens: np.ndarray) -> tuple[int, int]:
-    """How many fine bins make a cell, and how many cells there are, for a side with these counts."""
-    inside = int(np.searchsorted(np.cumsum(tokens), _INSIDE * tokens.sum())) + 1
-    step = -(-inside // _CELLS)
-    return step, -(-inside // step)
+    """How many fine bins make a cell, and how many cells there are, for a side with these counts: the last is empty."""
+    used = int(np.flatnonzero(tokens)[-1]) + 1
+    step = -(-used // (_CELLS - 1))
+    return step, -(-used // step) + 1
 
 
 def _coarse(fine: np.ndarray, teacher: tuple[int, int], student: tuple[int, int]) -> np.ndarray:
     made = np.zeros((teacher[1], student[1]))
-    x = np.minimum(np.arange(_BINS) // teacher[0], teacher[1] - 1)
-    y = np.minimum(np.arange(_BINS) // student[0], student[1] - 1)
-    np.add.at(made, (x[:, None], y[None, :]), fine)
+    used = fine[: teacher[0] * teacher[1], : student[0] * student[1]]
+    x, y = np.arange(used.shape[0]) // teacher[0], np.arange(used.shape[1]) // student[0]
+    np.add.at(made, (x[:, None], y[None, :]), used)
     return made
 
 

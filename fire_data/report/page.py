@@ -12,7 +12,7 @@ import json
 from importlib.resources import files as resources
 from typing import Any
 
-from fire_data.report.text import shown
+from fire_data.harmless import shown
 
 MOST_BYTES = 10_000_000
 
@@ -25,10 +25,10 @@ def render(context: dict[str, Any], index: dict[str, Any], trajectories: list[di
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    style, script = (_resource(name) for name in ("report.css", "report.js"))
+    style, script = (resource(name) for name in ("report.css", "report.js"))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "svg": Markup, "value": _value, "number": _number}
-    template = environment.from_string(_resource("page.html.j2"))
+    template = environment.from_string(resource("page.html.j2"))
 
     def page(blocks: list[str]) -> bytes:
         entries = [{"sort": t["sort"], **_summary(t)} for t in trajectories[: len(blocks)]]
@@ -37,7 +37,7 @@ def render(context: dict[str, Any], index: dict[str, Any], trajectories: list[di
             count=len(blocks),
             style=Markup(style),
             script=Markup(script),
-            hashes={"style": _hash(style), "script": _hash(script)},
+            hashes={"style": digest(style), "script": digest(script)},
             index=Markup(as_json({**index, "entries": entries})),
             blocks=[Markup(b) for b in blocks],
         )
@@ -69,11 +69,13 @@ def _summary(trajectory: dict[str, Any]) -> dict[str, Any]:
     return {k: facts.get(k) for k in wanted} | {"prompt": shown(" ".join(asked.split()), 90)}
 
 
-def _hash(text: str) -> str:
+def digest(text: str) -> str:
+    """How a policy names the style or script that it allows."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """A file that lies beside this module."""
     return (resources("fire_data.report") / name).read_text(encoding="utf-8")
 
 

@@ -1,8 +1,7 @@
 """The report's figures: altair charts as SVG that follows the page's theme and holds nothing but shapes and text.
 
 Charts are painted with placeholder colours, which are replaced by the page's CSS variables, so one SVG serves the light
-and the dark theme. Text is escaped by vega; what comes out is parsed and compared with a list of what a figure may
-hold. Control characters must be taken out before (`text.shown`): the renderer ends the whole process over one.
+and the dark theme. Text is escaped by vega; what comes out is parsed and compared with what a figure may hold.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from fire_data.compare.plot import require_plots
+from fire_data.compare.plot import drawable, require_plots
 from fire_data.report.measure import Plane
 
 Json = dict[str, Any]
@@ -65,7 +64,7 @@ def figure(chart: Any) -> str:
     chart = chart.configure_legend(
         labelColor=PAINT["ink"], titleColor=PAINT["muted"], titleFontWeight="normal", labelFontSize=11, titleFontSize=11
     )
-    return painted(str(vl_convert.vegalite_to_svg(chart.to_dict())))
+    return painted(str(vl_convert.vegalite_to_svg(drawable(chart))))
 
 
 def painted(svg: str) -> str:
@@ -210,12 +209,12 @@ def plane(found: Plane, *, weights: bool) -> str:
     keys = list(dict(keys).items())
     scale = alt.Scale(domain=[k for k, _ in keys], range=[c for _, c in keys])
     scales = [alt.Scale(type="sqrt", domain=[0, float(e[-1])], nice=False) for e in found.edges]
-    legend = alt.Legend(title=title, symbolType="square", symbolSize=120, symbolStrokeWidth=0)
+    legend = alt.Legend(title=title, symbolType="square", symbolSize=120, symbolStrokeWidth=0, offset=28)
     chart = alt.Chart(_frame(cells), width=270, height=235).mark_rect(stroke=PAINT["paper"], strokeWidth=0.4)
     chart = chart.encode(
-        x=alt.X("x:Q", axis=_number_axis("teacher entropy, nats", grid=False), scale=scales[0]),
+        x=alt.X("x:Q", axis=_number_axis("teacher entropy, nats"), scale=scales[0]),
         x2="x2:Q",
-        y=alt.Y("y:Q", axis=_number_axis("student entropy, nats", grid=False), scale=scales[1]),
+        y=alt.Y("y:Q", axis=_number_axis("student entropy, nats"), scale=scales[1]),
         y2="y2:Q",
         color=alt.Color("step:N", scale=scale, sort=[k for k, _ in keys], legend=legend),
     )

@@ -125,6 +125,7 @@
     byId("sides").replaceChildren(...sides);
     byId("sides").className = index.names ? "two" : "";
     state.token = null;
+    close();
     paint();
     point("a", 0, false);
   }
@@ -191,10 +192,11 @@
     });
     if (key === "b" && !index.same) title.append(other(data));
     if (!data.pieces.length) text.append(make("span", "The response is empty.", "none"));
-    text.addEventListener("pointerover", (e) => { if (e.target.dataset.at) point(key, Number(e.target.dataset.at), false); });
-    text.addEventListener("click", (e) => { if (e.target.dataset.at) point(key, Number(e.target.dataset.at), false); });
+    // A finger that scrolls goes over tokens, too, and chooses none.
+    text.addEventListener("pointerover", (e) => { if (e.pointerType === "mouse" && e.target.dataset.at) open(key, Number(e.target.dataset.at), false); });
+    text.addEventListener("click", (e) => { if (e.target.dataset.at) open(key, Number(e.target.dataset.at), narrow.matches); });
     text.addEventListener("keydown", (e) => move(e, key));
-    text.addEventListener("focus", () => point(key, state.side === key && state.token !== null ? state.token : 0, false));
+    text.addEventListener("focus", () => { if (text.matches(":focus-visible")) open(key, state.side === key && state.token !== null ? state.token : 0, false); });
     box.append(title, text);
     if (f.keep === false) box.className = "dim";
     if (first < f.length) box.append(make("p", `${first.toLocaleString("en")} of ${f.length.toLocaleString("en")} tokens are shown.`));
@@ -278,8 +280,18 @@
     numbers();
   }
 
+  // A narrow window has no column for the numbers: there they cover the page, from when a token is chosen.
+  const narrow = matchMedia("(max-width: 78rem)");
+
+  function open(key, at, scroll) {
+    byId("numbers").classList.add("open");
+    point(key, at, scroll);
+  }
+
+  function close() { byId("numbers").classList.remove("open"); }
+
   function numbers() {
-    const box = byId("numbers");
+    const box = byId("numbers").lastElementChild;
     const both = state.order.length ? current() : null;
     if (!both || state.token === null) { box.replaceChildren(make("p", "There is no token to show numbers of.", "where")); return; }
     const data = both[state.side], span = spans(state.side)[state.token];
@@ -320,8 +332,8 @@
   function move(event, key) {
     const all = spans(key), at = state.token === null ? 0 : state.token;
     const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: all.length - 1 }[event.key];
-    if (to !== undefined) point(key, to, true);
-    else if (event.key === "ArrowUp" || event.key === "ArrowDown") point(key, onLine(all, at, event.key === "ArrowUp" ? -1 : 1), true);
+    if (to !== undefined) open(key, to, true);
+    else if (event.key === "ArrowUp" || event.key === "ArrowDown") open(key, onLine(all, at, event.key === "ArrowUp" ? -1 : 1), true);
     else return;
     event.preventDefault();
   }
@@ -394,24 +406,27 @@
     });
     document.addEventListener("keydown", (e) => {
       if (e.ctrlKey || e.metaKey || e.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(e.target.tagName)) return;
+      if (e.key === "Escape") close();
       if (/^[jks1-9]$/.test(e.key)) begin();
       if (e.key === "j") go(1);
       else if (e.key === "k") go(-1);
       else if (e.key === "s" && index.signals.length) choose((state.signal + 1) % index.signals.length);
       else if (/^[1-9]$/.test(e.key)) choose(Number(e.key) - 1);
     });
+    byId("close").addEventListener("click", () => {
+      byId("tokens-" + state.side).focus({ preventScroll: true });
+      close();
+    });
     byId("browser").hidden = false;
     if (!index.signals.length) byId("reader").querySelector(".tools").hidden = true;
-    near.observe(byId("browser"));
+    // Trajectories are put into the page when it is there and idle, so that loading does not wait for them.
+    addEventListener("load", () => (window.requestIdleCallback || setTimeout)(begin));
+    addEventListener("beforeprint", begin);
   }
-
-  // Trajectories are put into the page when a reader comes near them, so that loading does not wait for them.
-  const near = new IntersectionObserver((seen) => { if (seen.some((e) => e.isIntersecting)) begin(); }, { rootMargin: "900px" });
 
   function begin() {
     if (state.begun) return;
     state.begun = true;
-    near.disconnect();
     arrange();
   }
 

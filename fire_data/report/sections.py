@@ -9,12 +9,12 @@ from typing import Any
 
 import polars as pl
 
+from fire_data.harmless import shown
 from fire_data.report import data, plots
 from fire_data.report.measure import COLUMNS, Tally
 from fire_data.report.sample import ORDERS, TOKENS, Sample, choose
 from fire_data.report.settings import settings
 from fire_data.report.tables import Tables, open_tables
-from fire_data.report.text import shown
 from fire_data.report.trajectories import Scales, Words, load_words, numbers, read, read_weights
 from fire_data.run import Run
 from fire_data.schemas.errors import ConfigError
@@ -164,18 +164,24 @@ def _trajectories(
 
 
 def _tiles(rounds: list[Json], number: int, tally: Tally) -> list[Json]:
-    """The few numbers that a reader wants first: what is known of the round, and where the student came from."""
+    """The few numbers that a reader wants first: what is known of this round, and where the student came from.
+
+    Accuracy is that of the student after it was trained on the round, else of the one that wrote it.
+    """
     now = next((r for r in rounds if r["trained"] == number), {})
-    start = rounds[0] if rounds else {}
-    best = next((c for c in ("accuracy_greedy", "accuracy_sampled") if any(r.get(c) is not None for r in rounds)), None)
+    start = rounds[0] if rounds and rounds[0] is not now else {}
+    after = next((r for r in rounds if r["trained"] == number + 1), {})
     tiles = []
-    if best:
-        last = [r for r in rounds if r.get(best) is not None][-1]
-        mode = best.removeprefix("accuracy_")
-        tiles.append({
-            "label": f"accuracy, {mode}", "value": _percent(last[best]),
-            "note": f"after {last['trained']} rounds; at the start " + _percent(start.get(best)),
-        })  # fmt: skip
+    for mode in ("greedy", "sampled"):
+        first, last = (r.get(f"accuracy_{mode}") for r in (now, after))
+        if (first, last) != (None, None):
+            note = "before training on this round"
+            if last is not None:
+                note = f"after training on this round; before it {_percent(first)}"
+            tiles.append(
+                {"label": f"accuracy, {mode}", "value": _percent(first if last is None else last), "note": note}
+            )
+            break
     if now.get("reverse_kl") is not None:
         first = start.get("reverse_kl")
         note = f"nats per token, {now['kl_kind']}" + (f"; at the start {first:.3g}" if first is not None else "")
@@ -183,9 +189,9 @@ def _tiles(rounds: list[Json], number: int, tally: Tally) -> list[Json]:
     if now.get("kept_fraction") is not None:
         note = f"of trajectories; {_percent(now.get('kept_token_fraction'))} of tokens"
         tiles.append({"label": "kept", "value": _percent(now["kept_fraction"]), "note": note})
-    if tally.effective_share is not None:
-        tiles.append({"label": "effective sample", "value": _percent(tally.effective_share),
-                      "note": "of response tokens carry the signal, (Σ|c|)² / N Σc²"})  # fmt: skip
+    if tally.effective_signal_share is not None:
+        tiles.append({"label": "effective signal", "value": _percent(tally.effective_signal_share),
+                      "note": "of all tokens: (Σ|c|)² / (N Σc²)"})  # fmt: skip
     if now.get("length") is not None:
         note = f"tokens; {_percent(now['truncated'])} truncated"
         tiles.append({"label": "mean length", "value": f"{now['length']:.4g}", "note": note})
@@ -243,7 +249,7 @@ def _weighing(tallies: list[Tally], names: list[str]) -> Json | None:
         "held": [
             {
                 "name": n,
-                "effective": named[n].effective_share,
+                "effective": named[n].effective_signal_share,
                 "top": [next(p["mass"] for p in points if p["tokens"] >= s - 1e-9) for s in shares],
             }
             for n, points in curves.items()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fire_data.environment import KEY
 from fire_data.schemas.config import Config
 
 HIDDEN = "(not shown)"
@@ -15,7 +16,6 @@ _SECRET_WORDS = frozenset(
 )
 _IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 _IN_QUERY = re.compile(r"(?<=[?&])([\w-]*(?:key|token|secret|password|auth)[\w-]*)=[^&\s]+", re.IGNORECASE)
-_TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[bp]-|AKIA)[\w-]{12,}")
 
 
 def settings(config: Config) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def redacted(key: str, value: Any) -> Any:
         return HIDDEN
     if not isinstance(value, str):
         return value
-    return _TOKEN.sub(HIDDEN, _IN_QUERY.sub(rf"\1={HIDDEN}", _IN_URL.sub(f"{HIDDEN}@", value)))
+    return KEY.sub(HIDDEN, _IN_QUERY.sub(rf"\1={HIDDEN}", _IN_URL.sub(f"{HIDDEN}@", value)))
 
 
 _NAMED = ("api_key_env", "weigh.end_token")  # fields whose names sound like secrets and are none

@@ -1,7 +1,4 @@
-"""Text of models and prompts for a page: nothing in it can steer the page, and emoji stay whole.
-
-Everything shown goes through `shown`; escaping for HTML and JSON is left to what writes those.
-"""
+"""Runs of tokens for a page: what people see as one character is one run, so that emoji stay whole."""
 
 from __future__ import annotations
 
@@ -9,36 +6,11 @@ import unicodedata
 
 from fire_data.tokenview import Piece
 
-# Marks that reorder what stands around them, and what XML cannot hold. Plain right-to-left letters are left alone.
-_STEERING = frozenset(
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2028\u2029\u2066\u2067\u2068\u2069\ufeff\ufffe\uffff"
-)
 _JOINER = "\u200d"
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 _TAGS = range(0xE0020, 0xE0080)
 _LONGEST_PIECE = 400  # characters of one run of tokens
-
-
-def shown(text: object, limit: int | None = None) -> str:
-    """Text with its control characters and bidirectional marks as escapes, cut after `limit` characters.
-
-    Line breaks and tabs are kept. Joiners are too: they hold emoji and letters of many scripts together.
-    """
-    found = str(text)
-    cut = limit is not None and len(found) > limit
-    escaped = "".join(c if _harmless(c) else _escape(c) for c in found[:limit])
-    return f"{escaped}…" if cut else escaped
-
-
-def _harmless(character: str) -> bool:
-    if character in "\n\t":
-        return True
-    return character not in _STEERING and unicodedata.category(character) not in ("Cc", "Cs")
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode()
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:

@@ -12,15 +12,15 @@ from typing import Any
 
 import polars as pl
 
+from fire_data.harmless import shown
 from fire_data.report.measure import outcome
 from fire_data.report.sample import TOKENS
 from fire_data.report.tables import Tables
-from fire_data.report.text import joined, shown
+from fire_data.report.text import joined
 from fire_data.run import Run
 from fire_data.schemas.config import TEACHER
-from fire_data.schemas.errors import FireError
 from fire_data.schemas.tables import MASSES, ROLLOUTS, SIGNALS, WEIGHTS, Column
-from fire_data.tokenview import pieces
+from fire_data.tokenview import pieces, student_tokenizer
 
 PROMPT_CHARACTERS, ANSWER_CHARACTERS, PIECE_CHARACTERS, NAME_CHARACTERS = 4_000, 400, 200, 80
 _BEYOND = 8  # tokens decoded after the last shown one, so that a character is not cut
@@ -72,14 +72,10 @@ class Words:
 
 def load_words(run: Run) -> Words:
     """The student's tokenizer, or the reason why there is none."""
-    try:
-        from fire_data.models import load_tokenizer
-
-        return Words(load_tokenizer(run.config.student, run.root))
-    except FireError as error:
-        return Words(note=f"The tokenizer cannot be loaded, so tokens are shown as their ids: {shown(error.what)}")
-    except ModuleNotFoundError as error:
-        return Words(note=f"Tokens are shown as their ids, because {error.name} is not installed.")
+    tokenizer, missing = student_tokenizer(run)
+    if missing is not None:
+        return Words(note=f"The tokenizer cannot be loaded, so tokens are shown as their ids: {shown(missing)}")
+    return Words(tokenizer)
 
 
 @dataclass

@@ -145,6 +145,8 @@ def _one(
 
     def finish(done: list[Receipt]) -> dict[str, Any]:
         stage.recorded["verify"] = verifier.recorded
+        if doubt := verifier.doubt([x for r in done for x in read_shard(part, r, ["reward"])["reward"].to_pylist()]):
+            session.report.warn(doubt)
         return _stats(session, part, done)
 
     return run_stage(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fire_data.prompts import read_prompts
 from fire_data.run import Run
+from fire_data.schemas.config import TEACHER
 from fire_data.schemas.manifest import Manifest
 from fire_data.schemas.tables import REWARD
 from fire_data.session import Session
@@ -13,7 +15,7 @@ from fire_data.steps.evaluate import benchmarks, evaluate, evaluated
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train
-from fire_data.steps.verify import verify
+from fire_data.steps.verify import check_prompts, verify
 from fire_data.steps.weigh import configured, weigh
 
 
@@ -21,6 +23,9 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
     """Bring a run to `rounds` rounds in all and return `round_table`. Finished rounds are left alone."""
     run = session.run
     configured(run)  # a rule that cannot be is told before an hour of sampling
+    _require_inputs(run, rounds)
+    if REWARD in run.needed_addons() and run.current_round() < rounds:
+        check_prompts(run)
     held_out = run.config.eval.prompts is not None
     if held_out and not evaluated(run, None):
         evaluate(session, None)
@@ -45,6 +50,18 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
     return round_table(run)
 
 
+def _require_inputs(run: Run, rounds: int) -> None:
+    """Raise, before anything is made, what a later stage would about a teacher or prompts that are not there."""
+    left = [n for n in range(rounds) if not is_sealed(run.part("checkpoints", n))]
+    if any(not is_sealed(run.part("rollouts", n)) for n in left):
+        read_prompts(run.config.prompts.path, run.root)
+    if not run.teachers and any(not is_sealed(run.part("scores", n)) for n in left):
+        run.teacher(TEACHER)
+    if run.config.eval.prompts is not None and not all(evaluated(run, n) for n in range(rounds)):
+        for name, path in benchmarks(run).items():
+            read_prompts(path, run.root, setting="eval.prompts" if name is None else f"eval.prompts.{name}")
+
+
 def _line(row: dict[str, Any]) -> str:
     """A round in one line, for those who watch."""
     wanted = {k: v for k, v in row.items() if v is not None and (k in ("kept", "reverse_kl") or _is_accuracy(k))}
@@ -65,8 +82,7 @@ def round_row(run: Run, number: int | None) -> dict[str, Any]:
         return {"round": "start", **_eval_numbers(run, "start")}
     rollouts, scores, checkpoint = (read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "checkpoints"))
     rewards = read_manifest(run.part("addons", number, REWARD))
-    # The name may have changed between rounds: the checkpoint knows what it was trained on.
-    weights = read_manifest(run.part("weights", number, checkpoint.fields["weights"] if checkpoint else None))
+    weights = read_manifest(run.part("weights", number))
     return {
         "round": number,
         **_eval_numbers(run, number),

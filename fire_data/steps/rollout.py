@@ -59,6 +59,8 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
         return make_generator(session, round)
 
     def before(_: list[Shard]) -> None:
+        if cfg.rollout.verifier != "none":
+            verifier.start()
         generator()
         require_same_servers(session, kept)
 

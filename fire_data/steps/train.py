@@ -19,7 +19,7 @@ from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
 from fire_data.session import Session, verify_checkpoint
 from fire_data.shards import Part, is_sealed, read_manifest, sealed, versions
-from fire_data.stages import Stage, open_stage, seal
+from fire_data.stages import Stage, finished, open_stage, seal
 from fire_data.steps.weigh import addon_tables, configured, weights_fields
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
         if manifest.sealed:
             try:
                 verify_checkpoint(part, manifest)
+                session.report.note(finished(part))
                 return manifest
             except DamagedError as error:
                 session.report.warn(f"{error.what}: trying to export the checkpoint again from its training state")
@@ -59,7 +60,7 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
 
 
 def _inputs(run: Run, round: int) -> tuple[Sealed, Sealed]:
-    scores_part, weights_part = run.part("scores", round), run.part("weights", round)
+    scores_part, weights_part = run.part("scores", round), run.part("weights", round, run.config.trained_weights)
     scores, weights = sealed(scores_part), sealed(weights_part)
     if weights.fields["scores"] != scores.digest:
         text = f"{weights_part.label} was made from other scores than those that are there now"

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from fire_data.overview import start_over
+from fire_data.prompts import read_prompts
 from fire_data.run import Run
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, REWARD, conform
@@ -59,6 +60,8 @@ def verify(run: Run, round: int, report: Reporter | None = None, *, redo: bool =
             rewards = [x for t in tables for x in t["reward"].to_pylist()]
             verdicts = tally([x for t in tables for x in t["verdict"].to_pylist()])
             graded = [x for x in rewards if x is not None]
+            if doubt := verifier.doubt(graded):
+                report.warn(doubt)
             return {"trajectories": len(rewards), "mean_reward": mean(graded), "verdicts": verdicts}
 
         if redo:
@@ -67,6 +70,14 @@ def verify(run: Run, round: int, report: Reporter | None = None, *, redo: bool =
         manifest = run_stage(stage, make, finish, report, before=ready)
     _tell(manifest, report)
     return manifest
+
+
+def check_prompts(run: Run) -> None:
+    """Raise, before an hour of sampling, what `verify` would about prompts that a rule needs a reward for."""
+    prompts = read_prompts(run.config.prompts.path, run.root)
+    with Verifier(run.config.verify, run.root) as verifier:
+        verifier.start()
+        verifier.check(prompts.to_pylist(), run.config.prompts.path, "correct the prompts, or --set verify.kind=KIND")
 
 
 def _require_some(verifier: Verifier, part: Part, source: Manifest) -> None:

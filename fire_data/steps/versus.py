@@ -6,6 +6,7 @@ makes them less than comparable is said: other prompts, other settings.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def other_evaluation(run: Run, text: str) -> tuple[Run, int | str]:
     if not there:
         raise ConfigError(f"{folder} has no evaluation", where="--against", fix=other.part("evals", "start").command)
     return other, there[-1].round
+
+
+def require_other(other: Run, round: int | str, names: Iterable[str | None]) -> None:
+    """Raise IncompleteError, before anything is evaluated, if another evaluation has none of these benchmarks."""
+    parts = [other.part("evals", round, name) for name in names]
+    if not any(map(is_sealed, parts)):
+        sealed(parts[0])
 
 
 def versus(mine: Part, theirs: Part, ks: tuple[int, ...], seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fire_data.run import Run
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, REWARD, addon_of, conform
-from fire_data.shards import Part, is_sealed, read_shard, sealed, verify_shard
+from fire_data.shards import Part, is_sealed, read_manifest, read_shard, sealed, verify_shard
 from fire_data.stages import Reporter, Silent, Stage, run_stage
 from fire_data.summary import merge_summaries, summarise
 from fire_data.teachers import Bounds, Teachers, require_exact, stored_bounds
@@ -93,10 +93,16 @@ class ScoredRound:
     """The verified shards of a round's scores and addons as a `Table`, and what `fit` found, once it is needed.
 
     `verified`: files whose bytes were compared already. Several passes, and rules, read them, and one hash is enough.
+    `graded`: rewards of `fire verify` are there too, whether or not the rule reads them.
     """
 
     def __init__(
-        self, run: Run, round: int, rule: Weighing, verified: dict[tuple[str, str], Path] | None = None
+        self,
+        run: Run,
+        round: int,
+        rule: Weighing,
+        verified: dict[tuple[str, str], Path] | None = None,
+        graded: bool = False,
     ) -> None:
         self.rule = rule
         self.place = f"{shlex.quote(str(run.root))} --round {round}"
@@ -104,7 +110,9 @@ class ScoredRound:
         self.source = sealed(self.part)
         self.receipts = self.source.shards
         self.addons = addon_tables(run, round, rule)
-        self._beside = list({p.name: (p, m) for p, m in (*self.addons, *rewards(run, round))}.values())
+        rewards = run.part("addons", round, REWARD)
+        more = [run.addon(round, REWARD)] if graded and is_sealed(rewards) else []
+        self._beside = list({p.name: (p, m) for p, m in (*self.addons, *more)}.values())
         self._files = {} if verified is None else verified
         self.last: Decided | None = None
         self._fitted: weighing.Fitted | None = None
@@ -170,14 +178,17 @@ class ScoredRound:
 
 
 def addon_tables(run: Run, round: int, rule: Weighing) -> list[tuple[Part, Manifest]]:
-    """The sealed addons whose columns a rule, or a combination of teachers, reads. One that is not there is a missing
-    column, told elsewhere."""
-    return [run.addon(round, n) for n in addon_names(rule) if is_sealed(run.part("addons", round, n))]
+    """The sealed addons whose columns a rule, or a combination of teachers, reads.
 
+    One that is not there is a missing column, told elsewhere. But rewards that were begun have to be finished, as those
+    of the rollouts would take their place unseen. Raises IncompleteError.
+    """
 
-def rewards(run: Run, round: int) -> list[tuple[Part, Manifest]]:
-    """What `fire verify` made of a round, for whoever looks at rewards, whether or not the rule does."""
-    return [run.addon(round, REWARD)] if is_sealed(run.part("addons", round, REWARD)) else []
+    def counts(name: str) -> bool:
+        part = run.part("addons", round, name)
+        return is_sealed(part) or (name == REWARD and read_manifest(part) is not None)
+
+    return [run.addon(round, name) for name in addon_names(rule) if counts(name)]
 
 
 def addon_names(rule: Weighing) -> list[str]:

@@ -30,7 +30,6 @@ __all__ = [
     "Graded", "Verifier", "compile_pattern", "exact", "extract", "grade", "maj_at_k", "mean", "pass_at_k", "tally",
 ]  # fmt: skip
 
-_DEFAULT_S = 10.0  # manifests without a time limit were made under this one
 _BATCH = {"exact": 1024, "choice": 1024, "math": 32, "code": 4}
 _GRACE_S = 10.0  # beside what a sandbox watches itself
 
@@ -60,6 +59,12 @@ class Verifier:
         if self._scratch is not None:
             self._scratch.cleanup()
 
+    def doubt(self, rewards: Sequence[float | None]) -> str | None:
+        """A word on rewards that are all 0 because whole responses were compared with the answer; None otherwise."""
+        if self.kind != "exact" or self.cfg.pattern is not None or not rewards or any(rewards):
+            return None
+        return "nothing is right: verify.pattern is null, so the whole response is compared with the answer"
+
     @property
     def compares(self) -> bool:
         """True if a response is compared with the prompt's `answer`."""
@@ -71,7 +76,9 @@ class Verifier:
         cfg = self.cfg
         seconds = {"timeout_s": cfg.timeout_s}
         if self.kind == "exact":
-            return {"pattern": cfg.pattern, **(seconds if cfg.timeout_s != _DEFAULT_S else {})}
+            # Manifests without a time limit were made under the default.
+            usual = type(cfg).model_fields["timeout_s"].default
+            return {"pattern": cfg.pattern, **(seconds if cfg.timeout_s != usual else {})}
         if self.kind == "choice":
             return {"kind": self.kind, "pattern": cfg.pattern, **seconds}
         limits = {**seconds, "memory_mb": cfg.memory_mb}

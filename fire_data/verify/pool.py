@@ -49,7 +49,7 @@ class _Process:
         self._buffer = b""
         assert self.child.stdin is not None
         assert self.child.stdout is not None
-        self._in, self._out = self.child.stdin, self.child.stdout.fileno()
+        self._in, self._out = self.child.stdin, self.child.stdout
         self._poll = select.poll()
         self._poll.register(self._out, select.POLLIN)
 
@@ -65,7 +65,7 @@ class _Process:
             left = deadline - time.monotonic()
             if left <= 0 or not self._poll.poll(left * 1000):
                 raise _Late
-            data = os.read(self._out, 1 << 16)
+            data = os.read(self._out.fileno(), 1 << 16)
             if not data:
                 raise _Gone
             self._buffer += data
@@ -75,25 +75,32 @@ class _Process:
 
     def fate(self) -> str:
         """The verdict on the response at which it ended. Raises EngineError if nothing outside of it ended it."""
-        code = self.child.wait()
-        if code >= 0:
-            raise EngineError(
-                f"a process that grades ended by itself (exit code {code})", fix="FIRE_DEBUG=1 shows more"
-            )
+        ended = self._ended(_END_S)
+        if ended is not None and ended.si_code == os.CLD_EXITED:
+            text = f"a process that grades ended by itself (exit code {ended.si_status})"
+            raise EngineError(text, fix="read what it wrote above")
         return MEMORY  # killed by a signal: what a lack of memory, or of stack, comes to where Python cannot say so
 
     def close(self, seconds: float = 0.0) -> None:
-        """Close its pipe and give it time to end by itself, then kill it with its group."""
+        """Close its pipe, give it time to end by itself, then kill what is left of its group."""
+        if self.child.returncode is not None:
+            return
         with contextlib.suppress(BrokenPipeError):
             self._in.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.child.wait(seconds)
-        if self.child.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, signal.SIGKILL)
-            self.child.wait()
-        if self.child.stdout is not None:
-            self.child.stdout.close()
+        self._ended(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+        self._out.close()
+
+    def _ended(self, seconds: float) -> os.waitid_result | None:
+        """How it ended, if it does in time. It is not reaped, so that its number still names its own group."""
+        deadline = time.monotonic() + seconds
+        while True:
+            found = os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if found is not None or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.001)
 
 
 class Pool:
@@ -189,7 +196,7 @@ class Pool:
             message = process.read(_START_S)
         except (_Late, _Gone):
             self._forget(process)
-            raise EngineError("a process that grades did not start", fix="FIRE_DEBUG=1 shows more") from None
+            raise EngineError("a process that grades did not start", fix="read what it wrote above") from None
         if "error" in message:
             self._forget(process)
             raise ConfigError(**message["error"])

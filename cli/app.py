@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import evals, explain, look, report, share, stages
+from . import evals, explain, look, plan, report, share, stages
 from .errors import entry
 from .examples import epilog
 
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": stages.train,
     "run": stages.run_rounds,
     "eval": evals.evaluate,
+    "plan": plan.plan,
     "status": look.status,
     "check": look.check,
     "inspect": look.inspect,
@@ -46,7 +47,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 # The groups of the help page.
 PANELS = {
     "A round": ("init", "rollout", "verify", "score", "weigh", "train", "run", "eval"),
-    "Look": ("status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules"),
+    "Look": ("plan", "status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules"),
     "Share": ("push", "pull"),
     "More": ("env", "demo"),
 }

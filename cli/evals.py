@@ -46,7 +46,7 @@ def evaluate(
     from fire_data.schemas.errors import ConfigError
     from fire_data.session import Session
     from fire_data.shards import is_sealed
-    from fire_data.steps.evaluate import benchmarks
+    from fire_data.steps.benchmarks import benchmarks
     from fire_data.steps.evaluate import evaluate as step
     from fire_data.steps.versus import other_evaluation, require_other, shared, versus
 

@@ -58,6 +58,11 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("fire eval runs/mine --against start", "the last one against it, in pairs"),
         ("fire eval runs/mine --prompts aime.jsonl --set eval.n=8", ""),
     ),
+    "plan": (
+        ("fire plan runs/mine", "what is left, and its cost"),
+        ("fire plan runs/mine --rounds 10 --length 600", "10 rounds in all"),
+        ("fire plan runs/mine --tokens-per-s rollout=2500", "given, not measured"),
+    ),
     "status": (
         ("fire status runs/mine", "what is done, and what is next"),
         ("fire status runs/mine --watch", "live, until the round is trained"),

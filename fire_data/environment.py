@@ -45,7 +45,7 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, Any]:
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory(),
+        "memory_bytes": memory(),
         "disk_free_bytes": shutil.disk_usage(".").free,
         **_torch(),
         "driver": _driver(),
@@ -71,7 +71,7 @@ def _cpu() -> str | None:
     return named[1].strip() if named else platform.processor() or platform.machine() or None
 
 
-def _memory() -> int | None:
+def memory() -> int | None:
     """Main memory, or the limit of the container that this process runs in."""
     limits = [
         int(text)

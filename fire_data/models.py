@@ -96,6 +96,19 @@ def local_folder(cfg: ModelConfig, base: Path) -> Path:
     return folder
 
 
+def here(cfg: ModelConfig, base: Path) -> Path | None:
+    """Where the files of a model are on this machine, the Hub's cache included; None if it would be downloaded first.
+
+    Raises DataError for a local folder that is not there.
+    """
+    if _local(cfg.model, base) is not None:
+        return _folder(cfg, base)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(cfg.model, "config.json", revision=cfg.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def check_model_files(cfg: ModelConfig, base: Path, *, weights: bool = True) -> None:
     """What can be found wrong without loading: raise DataError if a needed file is missing, incomplete or unreadable.
 

@@ -195,10 +195,24 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
 
 def require_current(part: Part, fingerprint: str) -> None:
     """Raise FingerprintError unless the stage that is open or sealed now is the one with this fingerprint."""
-    manifest = read_manifest(part)
-    if manifest is None or manifest.fingerprint != fingerprint:
+    with files.storage_errors(part.manifest_path):
+        try:
+            found = part.manifest_path.stat()
+        except FileNotFoundError:
+            found = None
+    if found is None or _fingerprint(part, found.st_ino, found.st_mtime_ns, found.st_size) != fingerprint:
         text = f"{part.label} was set aside by another command while this one worked on it"
         raise FingerprintError(text, where=str(part.manifest_path), fix=part.command)
+
+
+@functools.lru_cache(maxsize=16)
+def _fingerprint(part: Part, *_file: int) -> str | None:
+    """The fingerprint in a stage's manifest, a file with this inode, time and size: replaced at times, never changed.
+
+    It is asked for with every shard and lists all of them: read each time, a stage would cost the square of its shards.
+    """
+    manifest = read_manifest(part)
+    return manifest.fingerprint if manifest else None
 
 
 def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:

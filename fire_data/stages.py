@@ -243,12 +243,13 @@ def _in_lane(lane: Lane, work: Callable[[Shard], _R]) -> _R:
 
 def _tell_slow(running: Iterable[Lane], seconds: list[float], told: set[str], now: float, report: Reporter) -> None:
     """Warn once of every running shard that takes much longer than those that ended, which took `seconds`."""
-    if len(seconds) < _SLOW_KNOWN:
+    late = [lane for lane in running if now - lane.started >= _SLOW_S and lane.shard.name not in told]
+    if len(seconds) < _SLOW_KNOWN or not late:
         return
     usual = statistics.median(seconds)
-    for lane in running:
+    for lane in late:
         age = now - lane.started
-        if age >= _SLOW_S and age > _SLOW_RATIO * usual and lane.shard.name not in told:
+        if age > _SLOW_RATIO * usual:
             told.add(lane.shard.name)
             place = f" on {lane.place}" if lane.place else ""
             report.warn(

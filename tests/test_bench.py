@@ -35,7 +35,7 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    assert SCRIPTS == ["cli", "report", "rollout", "rules", "score", "train", "vllm", "vllm_stages", "weigh"]
+    assert SCRIPTS == ["cli", "report", "rollout", "rules", "scale", "score", "train", "vllm", "vllm_stages", "weigh"]
 
 
 @pytest.mark.parametrize("script", SMOKED)

@@ -18,7 +18,8 @@ from fire_data.run import Run, open_run
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.session import Session
 from fire_data.shards import sealed
-from fire_data.steps.evaluate import benchmarks, evaluate, measured
+from fire_data.steps.benchmarks import benchmarks
+from fire_data.steps.evaluate import evaluate, measured
 from fire_data.steps.refresh import round_table
 from fire_data.steps.versus import versus
 from fire_data.verify.bootstrap import interval, paired

@@ -44,7 +44,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",
         "steps.inputs", "steps.engines", "steps.passes", "steps.columns", "steps.passrate", "steps.diagnose",
-        "steps.compare", "steps.verify", "steps.versus", "explain", "explain.weights", "explain.factors",
+        "steps.benchmarks", "steps.compare", "steps.verify", "steps.versus",
+        "explain", "explain.weights", "explain.factors",
+        "plan", "plan.figures", "plan.models", "plan.stages",
         "report", "report.data", "report.measure", "report.page", "report.plots", "report.sample", "report.sections",
         "report.settings", "report.tables", "report.text", "report.trajectories",
         "demo", "demo.tasks", "demo.lists", "demo.world", "demo.two_domains", "demo.arms", "demo.curve",
@@ -53,7 +55,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "reference.commands", "reference.__main__", "cli", "cli.app",
         "cli.completion", "cli.evals", "cli.examples", "cli.explain", "cli.progress", "cli.report", "cli.share",
         "cli.status", "cli.watch", "cli.options", "cli.stages", "cli.look", "cli.errors", "cli.inspect", "cli.terminal",
-        "cli.rules", "cli.diagnose", "cli.compare",
+        "cli.rules", "cli.diagnose", "cli.compare", "cli.plan",
     ),
 }  # fmt: skip
 PURE_MAY_NOT = {"os", "time", "logging", "pathlib", "random", "datetime", "socket", "subprocess", "uuid", "secrets"}

@@ -44,7 +44,7 @@ class DemoResult:
 
 
 def run_demo(folder: Path, *, rule: str, rounds: int | None, seed: int, report: Reporter) -> DemoResult:
-    """Make the world, run both arms, write `learning.svg` and `learning.html`. The same call continues after a kill."""
+    """Make the world, run both arms, write `learning.html`. The same call continues after a kill."""
     clock = time.monotonic()
     timing: dict[str, float] = {}
 

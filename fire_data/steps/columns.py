@@ -6,6 +6,7 @@ scores is never written again and only what is missing is computed. Units: nats;
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -217,13 +218,18 @@ def _teacher(session: Session, round: int, source: Manifest, name: str) -> Addon
     stage = Stage(part, fields, source.plan, {**session.performance("score"), "teacher": run.teacher(name).model})
     kept = Kept(part, stage.fingerprint)
 
+    @functools.cache  # once for all shards, each of which it names
+    def scored_before() -> tuple[Manifest, dict[str, Receipt]]:
+        told = sealed(scores)
+        return told, {r.shard: r for r in told.shards}
+
     def make(shard: Shard) -> pa.Table:
         rollouts = with_teacher_prompts(session, read_shard(source_part, receipts[shard.name]), name)
         own = run.config.score.teacher_prompt == "own"
         for column in ("response_ids", "teacher_prompt_ids" if own else "prompt_ids"):
             require_known(rollouts, column, session.vocabulary, source_part, receipts[shard.name])
-        told = sealed(scores)
-        scored = read_shard(scores, next(r for r in told.shards if r.shard == shard.name))
+        told, scored_receipts = scored_before()
+        scored = read_shard(scores, scored_receipts[shard.name])
         mine = pa.array([run.route(value) == name for value in rollouts["teacher"].to_pylist()], pa.bool_())
         theirs = rollouts.filter(pc.invert(mine))
         values = pc.if_else(

@@ -8,6 +8,7 @@ and makes room for the next.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def require_joint(session: Session, names: Iterable[str], what: str) -> None:
 
 def require_same_columns(part: Part, shard: Shard, names: Iterable[str]) -> None:
     """Raise FingerprintError if a finished shard has other optional columns: an engine tells more or less than then."""
-    other = next((p.stem for p in sorted(part.receipts.glob("*.json")) if p.stem != shard.name), None)
+    other = _another(part, shard)
     if other is None or not part.file(other).is_file():
         return
     optional = {c.name for c in columns_of(part.table) if c.optional and c.per == "token"}
@@ -99,6 +100,15 @@ def require_same_columns(part: Part, shard: Shard, names: Iterable[str]) -> None
         text = f"an engine gives other columns than when this stage was begun: of the shards {' and '.join(told)} alone"
         fix = f"serve the models as they were then, or: {part.command} --redo"
         raise FingerprintError(text, where=f"{part.label}, shard {shard.name}", fix=fix)
+
+
+def _another(part: Part, shard: Shard) -> str | None:
+    """Some finished shard beside this one. Whichever the folder names first: there may be many thousands."""
+    if not part.receipts.is_dir():
+        return None
+    with os.scandir(part.receipts) as entries:
+        names = (e.name.removesuffix(".json") for e in entries if e.name.endswith(".json"))
+        return next((name for name in names if name != shard.name), None)
 
 
 class Sweep:

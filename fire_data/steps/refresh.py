@@ -11,7 +11,8 @@ from fire_data.schemas.manifest import Manifest
 from fire_data.schemas.tables import REWARD
 from fire_data.session import Session
 from fire_data.shards import is_sealed, read_manifest
-from fire_data.steps.evaluate import benchmarks, evaluate, evaluated
+from fire_data.steps.benchmarks import benchmarks, evaluated
+from fire_data.steps.evaluate import evaluate
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train

@@ -9,7 +9,7 @@ import gc
 import threading
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fire_data import chat, vocabulary
 from fire_data.outside import Outside, called
@@ -23,10 +23,6 @@ from fire_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Session:

@@ -1,16 +1,25 @@
 """Weighing: the stage `fire weigh` over a sealed run directory, against a raw copy of the columns involved.
 
-The scores are synthetic. `copy` reads with pyarrow the token columns that the rule reads and writes as many float lists
-as weights has, with the same encoding and compression, and does no arithmetic: no receipts, hashes, checksums, fsync,
-validation or statistics. So it is a limit, not a peer. Response tokens per second, whole stage.
+The scores are synthetic: one shard is made, and the others are its rows under names of their own. `copy` reads with
+pyarrow the token columns that the rule reads and writes as many float lists as weights has, with the settings that all
+shards are written with, and does no arithmetic: no receipts, hashes, fsync, validation or statistics. So it is a limit,
+not a peer. Response tokens per second, whole stage.
+
+With `--threads 1` a case may use one core only, so that writing beside computing gains nothing; with 2, two.
+Peak memory is that of the first repetition in a process of its own, on top of what was there when it began.
+`--tokens 100 --folder F` takes as many shards as 100 million tokens need and keeps the scores. The disk needs about 75
+bytes a token.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
+import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +29,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fire_data.create import init_run
+from fire_data.files import locked
+from fire_data.run import Run, open_run
 from fire_data.schemas.manifest import Shard
-from fire_data.schemas.tables import FLOATS, SCORES, conform
+from fire_data.schemas.tables import SCORES, conform
 from fire_data.scoring import summarise
+from fire_data.shards import sealed, write_parquet
 from fire_data.stages import Stage, plan_shards, run_stage
 from fire_data.steps.weigh import weigh
 
 SIZES: measure.Sizes = {
-    "shards": (4, 2, "shards"),
-    "rows": (512, 8, "trajectories of a shard"),
+    "tokens": (10, 0, "millions of response tokens, about; 0: as many as --shards gives"),
+    "shards": (4, 2, "shards, where --tokens is 0"),
+    "rows": (2048, 8, "trajectories of a shard"),
     "length": (512, 16, "mean length of a response, tokens"),
     "rule": ("fire", "fire", "weigh.rule"),
     "batch_size": (64, 4, "train.batch_size"),
-    "folder": ("", "", "where the run directory is made; default: a temporary one"),
+    "folder": ("", "", "where the scores are made, once for all cases, and kept; default: a temporary one for each"),
 }
 GROUPS = {"stage": ["fire", "copy"]}
 READ = ("student_logprob", "student_entropy", "teacher_logprob", "teacher_entropy")
@@ -40,17 +53,18 @@ WRITTEN = ("weight", "advantage", "coefficient")
 
 
 def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
-    """A run directory with sealed scores, removed at the end."""
-    root = Path(tempfile.mkdtemp(dir=options.folder or None))
-    atexit.register(shutil.rmtree, root)
-    values: dict[str, Any] = {"student": {"model": "none"}, "weigh": {"rule": options.rule}}
-    run = init_run(root / "run", values | {"train": {"batch_size": options.batch_size}})
-    plan = plan_shards(options.shards * options.rows, options.rows)
-    sealed = run_stage(
-        Stage(run.part("scores", 0), {"made": "synthetic"}, plan), lambda s: synthetic(s, options.length)
-    )
-    tokens = sum(receipt.tokens for receipt in sealed.shards)
-    files = [run.part("scores", 0).file(shard.name) for shard in plan]
+    """A run directory with sealed scores; a temporary one is removed at the end."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    pa.set_cpu_count(options.threads)
+    guard = locked(Path(options.folder) / "lock") if options.folder else contextlib.nullcontext()
+    with guard:  # both cases begin at the same time
+        run = scored(options)
+    source = sealed(run.part("scores", 0))
+    tokens = sum(receipt.tokens for receipt in source.shards)
+    files = [run.part("scores", 0).file(receipt.shard) for receipt in source.shards]
+    copies = Path(tempfile.mkdtemp(dir=run.root))
+    atexit.register(shutil.rmtree, copies, ignore_errors=True)
 
     def fire() -> None:
         for folder in (run.root, run.root / ".fire" / "receipts", run.root / ".fire" / "manifests"):
@@ -61,11 +75,7 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
         for file in files:
             table = pq.read_table(file, columns=["trajectory_id", *READ])
             table = table.select([0, 1, 2, 3]).rename_columns(["trajectory_id", *WRITTEN])
-            floats: Any = [f"{name}.list.element" for name in WRITTEN]
-            target = root / file.name
-            pq.write_table(
-                table, target, compression="zstd", use_dictionary=["trajectory_id"], use_byte_stream_split=floats
-            )
+            write_parquet(copies / file.name, table, "")
 
     def work() -> measure.Done:
         {"fire": fire, "copy": copy}[case]()
@@ -74,17 +84,52 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     return work
 
 
-def synthetic(shard: Shard, mean_length: int) -> pa.Table:
-    """A table of scores with plausible numbers: half to one and a half of the mean length, logprobs of about -1 nat."""
+def scored(options: argparse.Namespace) -> Run:
+    """The run directory, made unless it is there."""
+    if options.folder and (root := Path(options.folder) / "run").exists():
+        return open_run(root, (f"weigh.rule={options.rule}", f"train.batch_size={options.batch_size}"))
+    folder = Path(options.folder or tempfile.mkdtemp())
+    if not options.folder:
+        atexit.register(shutil.rmtree, folder)
+    values: dict[str, Any] = {"student": {"model": "none"}, "weigh": {"rule": options.rule}}
+    run = init_run(folder / "run", values | {"train": {"batch_size": options.batch_size}})
+    first = synthetic(Shard(name="00000", start=0, stop=options.rows), options.length)
+    shards = max(1, round(options.tokens * 1e6 / options.rows / options.length)) if options.tokens else options.shards
+
+    def make(shard: Shard) -> pa.Table:
+        names = pa.array([str(i) for i in range(shard.start, shard.stop)])
+        table = first
+        for column in ("trajectory_id", "prompt_id"):
+            place = table.schema.get_field_index(column)
+            table = table.set_column(place, table.schema.field(place), names)
+        return table
+
+    run_stage(
+        Stage(run.part("scores", 0), {"made": "synthetic"}, plan_shards(shards * options.rows, options.rows)), make
+    )
+    return run
+
+
+Numbers = Callable[[str, int, np.random.Generator], np.ndarray[Any, Any]]
+
+
+def simple(name: str, count: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Numbers for a token column: logprobs of about -1 nat, ids and ranks below 1,000."""
+    if name.endswith(("_id", "_ids", "rank", "_top1")):
+        return rng.integers(1, 1000, count)
+    return (rng.exponential(size=count) * (-1 if "logprob" in name else 1)).astype(np.float32)
+
+
+def synthetic(shard: Shard, mean_length: int, numbers: Numbers = simple) -> pa.Table:
+    """A table of scores with responses of half to one and a half of the mean length."""
     rng = np.random.default_rng(shard.start)
     rows = shard.stop - shard.start
     lengths = rng.integers(mean_length // 2, mean_length * 3 // 2 + 1, rows)
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
     columns: dict[str, Any] = {}
     for column in SCORES:
-        if column.per == "token":
-            floats = (rng.exponential(size=lengths.sum()) * (-1 if "logprob" in column.name else 1)).astype(np.float32)
-            flat = floats if column.type == FLOATS else rng.integers(1, 1000, lengths.sum())
+        if column.per == "token" and not column.name.endswith("_mass"):  # of an engine that has exact entropies
+            flat = numbers(column.name, int(lengths.sum()), rng)
             columns[column.name] = pa.ListArray.from_arrays(offsets, pa.array(flat, column.type.value_type))
     numbers = [str(i) for i in range(shard.start, shard.stop)]
     columns |= {"trajectory_id": numbers, "prompt_id": numbers, "round": [0] * rows, "sample": [0] * rows}

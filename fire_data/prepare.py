@@ -6,15 +6,18 @@ A round is a `Table`: shards of frames made by `prepare`, read with the columns 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, get_args
 
+import numpy as np
 import polars as pl
 
 from fire_data.rules import Rule, Stats
 from fire_data.rules.base import GROUP, KEY, ROW, STEP, sources, trajectory_keys
 from fire_data.rules.evaluate import check
+from fire_data.rules.tokens import flatten
 from fire_data.schemas.config import Denominator
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
 from fire_data.schemas.tables import FLOAT_SIGNALS, JOINT, REWARD, SCORES, WEIGHTS, added_by, addon_of
@@ -64,25 +67,25 @@ class Weighing:
         """The denominator in force: the one given, else the rule's own."""
         return self.denominator or self.rule.denominator
 
-    @property
+    @functools.cached_property
     def policy_columns(self) -> list[str]:
         """Columns that the policies read beside the rule's."""
         cut = "finish_reason" if self.truncated != "keep" or self.end_token != "keep" else None
         return [c for c in (cut, "rollout_logprob" if self.rollout_is_cap is not None else None) if c]
 
-    @property
+    @functools.cached_property
     def read(self) -> list[str]:
         """Every column of the prepared table that enters the weights."""
         matched = self.rule.matched.columns if self.rule.matched else ()
         plain = ("student_logprob", "teacher_logprob")
         return list(dict.fromkeys((*self.rule.columns, *matched, *plain, *self.policy_columns)))
 
-    @property
+    @functools.cached_property
     def combined(self) -> list[str]:
         """The stored columns that those of combined teachers are made from."""
         return self.teachers.columns("teacher_entropy" in self.read)
 
-    @property
+    @functools.cached_property
     def columns(self) -> list[str]:
         """Both of these, what is made last."""
         return list(dict.fromkeys((*self.combined, *self.read)))
@@ -158,6 +161,20 @@ def prepare(lf: pl.LazyFrame, weighing: Weighing, first_row: int = 0) -> pl.Lazy
     lf = lf.with_columns(_group(have, weighing.samples_per_group).alias(GROUP))
     keys = pl.col("trajectory_id").map_batches(lambda s: trajectory_keys(s.to_list()), return_dtype=pl.Int64)
     return _with_summaries(lf.with_columns(keys.alias(KEY)), have)
+
+
+def stored(columns: Iterable[str], weighing: Weighing, have: Sequence[str]) -> list[str]:
+    """Of the columns a table has, those that these of the prepared one are made from, and always its lengths."""
+    found = {"length"}
+    for column in columns:
+        base = {*sources(column)}
+        if column == GROUP:
+            found |= {"prompt_id", "sample"}
+        elif not weighing.teachers.routed and base & {*MADE}:
+            found |= {*weighing.teachers.columns(), *base} - {*MADE}
+        else:
+            found |= {column} if column in have else base
+    return [c for c in have if c in found]
 
 
 def require_columns(prepared: pl.LazyFrame, weighing: Weighing, run: str = "RUN") -> None:
@@ -237,36 +254,52 @@ def floats(column: str) -> pl.Expr:
     return pl.col(column).cast(pl.List(pl.Float64))
 
 
-def check_values(lf: pl.LazyFrame, weighing: Weighing, run: str = "RUN") -> None:
+def check_values(frame: pl.DataFrame, weighing: Weighing, run: str = "RUN") -> None:
     """Raise DataError, naming row and column, if a needed column has no value, one that is not finite, or a token
-    column is not as long as the others."""
-    schema = lf.collect_schema()
+    column is not as long as the others. Looked at are the columns that are there."""
     made = () if weighing.teachers.routed else MADE  # from columns that are looked at themselves
-    for name in (c for c in weighing.columns if c not in made):
-        type_ = schema[name]
-        addon = addon_of(name)
-        fix = f"{added_by(addon, run) if addon else f'fire score {run}'} --redo"
-        if isinstance(type_, pl.List):
-            wrong = (pl.col(name).is_null() | (pl.col(name).list.len() != pl.col("length"))).fill_null(True)
-            finite = pl.element().is_finite().fill_null(False)
-            if isinstance(type_.inner, pl.List):
-                finite = pl.element().list.eval(finite).list.all() & (pl.element().list.len() > 0)
-                sizes = pl.col(name).list.eval(pl.element().list.len().n_unique())
-                wrong = wrong | (sizes.list.first() > 1).fill_null(False)
-            if type_.inner.is_numeric() or isinstance(type_.inner, pl.List):
-                wrong = wrong | ~pl.col(name).list.eval(finite).list.all()
-            bad = lf.filter(wrong).select(ROW, "length", n=pl.col(name).list.len()).head(1).collect()
-            if bad.height:
-                row, length, n = bad.row(0)
-                what = "holds a value that is not finite"
-                if n is not None and n != length:
-                    what = f"has {n} elements where others have {length}"
-                elif isinstance(type_.inner, pl.List):
-                    what = "holds a value that is not finite, or lists of unequal length"
-                raise DataError(f"column {name!r} {what}", where=f"row {row}", fix=fix)
-        elif type_.is_numeric() or type_ == pl.Null:
+    for name in (c for c in weighing.columns if c not in made and c in frame.columns):
+        if isinstance(frame.schema[name], pl.List):
+            bad = None if _is_sound(frame[name], frame["length"]) else _bad_list(frame.lazy(), name)
+        elif frame.schema[name].is_numeric() or frame.schema[name] == pl.Null:
             valued = pl.col(name).cast(pl.Float64).is_finite().fill_null(False)
-            bad = lf.filter(~valued).select(ROW).head(1).collect()
-            if bad.height:
-                fix = f"{added_by(REWARD, run)}, for prompts that have an answer each" if name == REWARD else fix
-                raise DataError(f"column {name!r} has no value", where=f"row {bad.item()}", fix=fix)
+            bad = next(((row, "has no value") for row in frame.filter(~valued)[ROW].head(1)), None)
+        else:
+            continue
+        if bad is not None:
+            addon = addon_of(name)
+            fix = f"{added_by(addon, run) if addon else f'fire score {run}'} --redo"
+            fix = f"{added_by(REWARD, run)}, for prompts that have an answer each" if name == REWARD else fix
+            raise DataError(f"column {name!r} {bad[1]}", where=f"row {bad[0]}", fix=fix)
+
+
+def _is_sound(lists: pl.Series, lengths: pl.Series) -> bool:
+    """If a token column certainly is as it must be: `_bad_list` takes its time to say what is wrong."""
+    if lists.null_count() or not (lists.list.len() == lengths).all():
+        return False
+    flat = flatten(lists)
+    if flat.null_count() or not (flat.dtype.is_float() or flat.dtype.is_integer()):
+        return False
+    numbers = flat.to_numpy()
+    return not len(flat) or bool(np.isfinite(numbers.min()) and np.isfinite(numbers.max()))
+
+
+def _bad_list(lf: pl.LazyFrame, name: str) -> tuple[int, str] | None:
+    """The first row in which a token column is not as it must be, and what is wrong with it."""
+    inner = lf.collect_schema()[name].inner  # type: ignore[attr-defined]
+    wrong = (pl.col(name).is_null() | (pl.col(name).list.len() != pl.col("length"))).fill_null(True)
+    finite = pl.element().is_finite().fill_null(False)
+    if isinstance(inner, pl.List):
+        finite = pl.element().list.eval(finite).list.all() & (pl.element().list.len() > 0)
+        sizes = pl.col(name).list.eval(pl.element().list.len().n_unique())
+        wrong = wrong | (sizes.list.first() > 1).fill_null(False)
+    if inner.is_numeric() or isinstance(inner, pl.List):
+        wrong = wrong | ~pl.col(name).list.eval(finite).list.all()
+    bad = lf.filter(wrong).select(ROW, "length", n=pl.col(name).list.len()).head(1).collect()
+    if not bad.height:
+        return None
+    row, length, n = bad.row(0)
+    if n is not None and n != length:
+        return row, f"has {n} elements where others have {length}"
+    unequal = ", or lists of unequal length" if isinstance(inner, pl.List) else ""
+    return row, f"holds a value that is not finite{unequal}"

@@ -5,6 +5,7 @@ Layout: `RUN/<stage>/[<name>/]round-000/00000.parquet`, receipts and manifests m
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -14,14 +15,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from fire_data import files
+from fire_data import files, partial
 from fire_data.schemas.errors import DamagedError, DataError, FingerprintError, IncompleteError, StorageError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, added_by, columns_of, conform
@@ -31,6 +32,8 @@ VERBS = {
     "evals": "eval",
 }  # fmt: skip
 _T = TypeVar("_T", Manifest, Receipt)
+_BY_COLUMN = ("scores", "addons")  # stages of which readers want few of many columns: receipts have a digest of each
+_ZSTD = 1  # bench/storage.py: level 19 saves 4 % and takes 26 times as long
 _ROW_GROUP_BYTES = 64 << 20  # the Hub's viewer refuses row groups over 286 MiB
 
 
@@ -177,7 +180,7 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
             write_parquet(scratch, table, fingerprint)
             files.fsync_file(scratch)
             seconds = time.monotonic() - started
-            receipt = _receipt(scratch, part.table, shard.name, table.num_rows, fingerprint, seconds)
+            receipt = _receipt(scratch, part.table, shard.name, table, fingerprint, seconds)
             with files.locked(part.lock):
                 require_current(part, fingerprint)
                 other = read_receipt(part, shard.name)
@@ -216,22 +219,24 @@ def _fingerprint(part: Part, *_file: int) -> str | None:
 
 
 def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
-    """Write a table as all shards are written: page checksums, the fingerprint in the footer, floats split by byte."""
+    """Write a table as all shards are written, with the fingerprint in the footer."""
     metadata = {**(table.schema.metadata or {}), b"fire.fingerprint": fingerprint.encode()}
-    floats = [numbers for f in table.schema if (numbers := _float_lists(f.name, f.type))]
-    texts = [f.name for f in table.schema if pa.types.is_string(f.type)]
     rows = max(1, min(table.num_rows, table.num_rows * _ROW_GROUP_BYTES // max(1, table.nbytes)))
-    pq.write_table(
-        table.replace_schema_metadata(metadata),
-        path,
-        row_group_size=rows,
-        compression="zstd",
-        use_dictionary=texts,
-        use_byte_stream_split=floats,  # type: ignore[arg-type]
-        write_page_index=True,
-        write_page_checksum=True,
-        use_content_defined_chunking=True,
-    )
+    settings = parquet_settings(table.schema)
+    pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=rows, **settings)
+
+
+def parquet_settings(schema: pa.Schema) -> dict[str, Any]:
+    """How shards are written: page checksums, chunks by content, floats split by byte. `bench/storage.py` has why."""
+    return {
+        "compression": "zstd",
+        "compression_level": _ZSTD,
+        "use_dictionary": [f.name for f in schema if pa.types.is_string(f.type)],
+        "use_byte_stream_split": [numbers for f in schema if (numbers := _float_lists(f.name, f.type))],
+        "write_page_index": True,
+        "write_page_checksum": True,
+        "use_content_defined_chunking": True,
+    }
 
 
 def _float_lists(name: str, type_: pa.DataType) -> str | None:
@@ -242,17 +247,17 @@ def _float_lists(name: str, type_: pa.DataType) -> str | None:
     return path if path != name and pa.types.is_floating(type_) else None
 
 
-def _receipt(path: Path, table: str, shard: str, rows: int, fingerprint: str, seconds: float) -> Receipt:
+def _receipt(path: Path, name: str, shard: str, table: pa.Table, fingerprint: str, seconds: float) -> Receipt:
+    """The receipt of the file that `table`, of the kind called `name`, was written to."""
     counted = pq.read_metadata(path).num_rows
-    if counted != rows:
-        raise OSError(f"re-reading gave {counted} rows instead of {rows}")
-    tokens = 0
-    leader = next((c.name for c in columns_of(table) if c.per == "token"), None)
-    if leader:
-        tokens = pc.sum(pc.list_value_length(pq.read_table(path, columns=[leader])[leader])).as_py() or 0
+    if counted != table.num_rows:
+        raise OSError(f"re-reading gave {counted} rows instead of {table.num_rows}")
+    leader = next((c.name for c in columns_of(name) if c.per == "token"), None)
     return Receipt(
-        shard=shard, sha256=files.sha256_file(path), bytes=path.stat().st_size, rows=rows, tokens=tokens,
+        shard=shard, sha256=files.sha256_file(path), bytes=path.stat().st_size, rows=counted,
+        tokens=pc.sum(pc.list_value_length(table[leader])).as_py() or 0 if leader else 0,
         fingerprint=fingerprint, versions=versions(), seconds=round(seconds, 3),
+        columns=partial.column_digests(path) if name.partition("/")[0] in _BY_COLUMN else {},
     )  # fmt: skip
 
 
@@ -293,7 +298,7 @@ def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
         if table is None or not _writes_the_same(part, path, table, fingerprint):
             files.set_aside([path], part.orphans)
             return None
-        receipt = _receipt(path, part.table, shard.name, table.num_rows, fingerprint, 0.0)
+        receipt = _receipt(path, part.table, shard.name, table, fingerprint, 0.0)
         files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
         return receipt
 
@@ -333,11 +338,35 @@ def read_shard(
 ) -> pa.Table:
     """Rows of a shard. The bytes that are hashed are the bytes that are parsed. Raises DamagedError.
 
-    `optional`: columns beside `columns` that are read where they are there.
+    `optional`: columns beside `columns` that are read where they are there. Of a table whose receipt has a digest of
+    every column no others are read or compared.
     """
     path = part.file(receipt.shard)
+    if columns is not None and receipt.columns:
+        with contextlib.suppress(OSError):
+            found = partial.read_columns(path, receipt, columns, optional)
+            if found is not None:
+                return found
+    data = pa.BufferReader(_verified(part, receipt))
+    if columns is not None and (further := {*optional}):
+        columns = [*columns, *(name for name in pq.read_schema(data).names if name in further)]
+    return pq.read_table(data, columns=columns)
+
+
+def read_schema(part: Part, receipt: Receipt) -> pa.Schema:
+    """The columns of a shard with their types. Raises DamagedError."""
+    if receipt.columns:
+        with contextlib.suppress(OSError):
+            found = partial.read_schema(part.file(receipt.shard), receipt)
+            if found is not None:
+                return found
+    return pq.read_schema(pa.BufferReader(_verified(part, receipt)))
+
+
+def _verified(part: Part, receipt: Receipt) -> bytes:
+    """The bytes of a shard, compared with its receipt."""
     try:
-        data = path.read_bytes()
+        data = part.file(receipt.shard).read_bytes()
     except OSError:
         data = b""
     if hashlib.sha256(data).hexdigest() != receipt.sha256:
@@ -345,6 +374,4 @@ def read_shard(
         raise DamagedError(
             "a shard changed while it was read", where=f"{part.label}, shard {receipt.shard}", fix=part.command
         )
-    if columns is not None and (further := {*optional}):
-        columns = [*columns, *(name for name in pq.read_schema(pa.BufferReader(data)).names if name in further)]
-    return pq.read_table(pa.BufferReader(data), columns=columns, page_checksum_verification=True)
+    return data

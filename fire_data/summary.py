@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
-from fire_data.prepare import floats
 from fire_data.rules.statistics import exact_sums
+from fire_data.rules.tokens import flatten, fold
 
 
 def summarise(weights: pl.DataFrame, lengths: pl.Series) -> dict[str, float]:
@@ -13,18 +13,22 @@ def summarise(weights: pl.DataFrame, lengths: pl.Series) -> dict[str, float]:
 
     Weight statistics are over kept tokens.
     """
-    weight = floats("weight")
-    kept = lengths.cast(pl.Float64)
+    sizes = weights["weight"].list.len()
+    weight = flatten(weights["weight"]).cast(pl.Float64)
     if "token_keep" in weights.columns:
-        weight = weight * pl.col("token_keep").cast(pl.List(pl.Float64))
-        kept = weights["token_keep"].list.sum().cast(pl.Float64)
-    frame = weights.select(
-        "keep",
-        weight_sum=weight.list.sum(),
-        weight_squares=(weight * weight).list.sum(),
-        weight_max=weight.list.max(),
-        nonzero=floats("coefficient").list.eval(pl.element() != 0).list.sum().cast(pl.Float64),
-    ).with_columns(kept.alias("kept"))
+        weight = weight * flatten(weights["token_keep"]).cast(pl.Float64)
+        lengths_kept = weights["token_keep"].list.sum()
+    else:
+        lengths_kept = lengths
+    lists, squares = fold(weight, sizes), fold(weight * weight, sizes)
+    nonzero = fold(flatten(weights["coefficient"]) != 0, sizes)
+    frame = weights.select("keep").with_columns(
+        weight_sum=lists.list.sum(),
+        weight_squares=squares.list.sum(),
+        weight_max=lists.list.max(),
+        nonzero=nonzero.list.sum().cast(pl.Float64),
+        kept=lengths_kept.cast(pl.Float64),
+    )
     rows = frame.filter("keep")
     sums = exact_sums(rows, [], ["weight_sum", "weight_squares", "kept", "nonzero"]).row(0, named=True)
     return {

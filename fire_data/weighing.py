@@ -11,14 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import DTypeLike, NDArray
 
-from fire_data.prepare import OUTPUT, Decided, Pieces, Table, Weighing, check_values, floats, prepare, require_columns
+from fire_data.coefficient import blocks, multiply
+from fire_data.prepare import OUTPUT, Decided, Pieces, Table, Weighing, check_values, prepare, require_columns
 from fire_data.rules import Composite, Rule, Stats, Uniform, make_rule, own
 from fire_data.rules.base import GROUP, KEY, ROW, STEP, Mean, scope_keys
 from fire_data.rules.evaluate import LARGEST, decide, part_columns
 from fire_data.rules.statistics import KEYS, exact_sums, fit_statistics, grouped, join_rows, read_rows
-from fire_data.rules.tokens import fold
+from fire_data.rules.tokens import flatten, fold
 from fire_data.schemas.config import Denominator
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.tables import SUMMARIES
@@ -76,7 +79,7 @@ def weigh(
     fresh = whole.lazy().drop(name for name in given if name in _SUMMARIES and _source(name) in given)
     prepared = prepare(fresh, weighing)
     require_columns(prepared, weighing)
-    check_values(prepared, weighing)
+    check_values(prepared.select(ROW, "length", *weighing.columns).collect(), weighing)
     table = Pieces(prepared)
     weights = apply(table, 0, weighing, fit(table, weighing)).drop("trajectory_id")
     kept = [c for c in given if c not in weights.columns]
@@ -113,62 +116,51 @@ def fit(table: Table, weighing: Weighing) -> Fitted:
 
 def apply(table: Table, shard: int, weighing: Weighing, fitted: Fitted) -> pl.DataFrame:
     """The rows of a shard of the weights table, in order, with its optional columns where they are used."""
-    frame = factored(table, shard, weighing, fitted)
-    made = ("weight", "advantage", "rollout_is", "coefficient", "fkl_coefficient")
-    single = [pl.col(c).cast(pl.List(pl.Float32)) for c in made if c in frame.columns]
-    return frame.with_columns(single).select("trajectory_id", *(c for c in OUTPUT if c in frame.columns))
+    frame = _multiplied(table, shard, weighing, fitted, np.float32)
+    return frame.select("trajectory_id", *(c for c in OUTPUT if c in frame.columns))
 
 
 def factored(table: Table, shard: int, weighing: Weighing, fitted: Fitted) -> pl.DataFrame:
     """What `apply` rounds, in double precision, beside the scalars in it: `_kept` (the trajectory's tokens that count),
     `_denominator`, and `_mean_weight` where weights were divided by one."""
+    return _multiplied(table, shard, weighing, fitted, np.float64)
+
+
+def _multiplied(table: Table, shard: int, weighing: Weighing, fitted: Fitted, precision: DTypeLike) -> pl.DataFrame:
+    """The rows of a shard with the scalars of `factored`; the token columns multiplied in double precision."""
     want = ("weight", "advantage", "token_keep", "fkl_weight")
     frame = _decided(table, shard, weighing, fitted.stats, want)
-    frame = _normalised(frame, weighing.rule.mean, fitted.stats)
+    frame = _with_means(frame, weighing.rule.mean, fitted.stats)
     steps = read_rows(fitted.steps, frame.schema).select(STEP, "tokens", "kept_tokens", "kept_trajectories")
     frame = join_rows(frame, steps.rename({c: f"_{c}" for c in steps.columns if c != STEP}), [STEP])
     frame = frame.with_columns(_denominator=_denominator(weighing))
-    masked = [pl.col("token_keep").cast(pl.List(pl.Float64))] if "token_keep" in frame.columns else []
-    factors = [pl.col("weight"), pl.col("advantage"), *masked]
-    extra: dict[str, pl.Expr] = {}
-    if weighing.rollout_is_cap is not None:
-        log_ratio = floats("student_logprob") - floats("rollout_logprob")
-        extra["rollout_is"] = log_ratio.list.eval(pl.element().exp().clip(upper_bound=weighing.rollout_is_cap))
-        factors.append(extra["rollout_is"])
-    extra["coefficient"] = _divided(factors)
-    if "fkl_weight" in frame.columns:
-        extra["fkl_coefficient"] = _divided([pl.col("fkl_weight"), *masked])
-    frame = frame.with_columns(**extra)
-    frame = frame.with_columns(_plus_zero(frame[n]) for n in ("coefficient", "fkl_coefficient") if n in extra)
-    _check_coefficients(frame, [n for n in extra if n != "rollout_is"], weighing)
-    return frame
-
-
-def _check_coefficients(frame: pl.DataFrame, names: list[str], weighing: Weighing) -> None:
-    """A product of finite factors may still be more than single precision holds. Raises DataError."""
-    for name in names:
-        wrong = frame.select(bad=(pl.col(name).list.max() > LARGEST) | (pl.col(name).list.min() < -LARGEST))["bad"]
-        if wrong.any():
-            row = int(wrong.arg_max() or 0)
-            where = f"row {frame[ROW][row]}, trajectory {frame['trajectory_id'][row]}"
-            fix = f"smaller weights or advantages: {own.remedy(weighing.rule)}"
-            raise DataError(f"{name} is not finite", where=where, fix=fix)
-
-
-def _plus_zero(lists: pl.Series) -> pl.Series:
-    """0.0 for -0.0, which a masked token with a negative advantage would get (Polars drops an added 0.0)."""
-    flat = pl.Series(lists.name, lists.explode().to_numpy() + 0.0)
-    return fold(flat, lists.list.len())
-
-
-def _divided(factors: Sequence[pl.Expr]) -> pl.Expr:
-    """The product of token factors over the denominator; 0 where nothing counts, without a leftover of the weight."""
     active = pl.col("keep") & (pl.col("_kept") > 0)
-    scale = pl.when(active).then(1.0 / pl.col("_denominator")).otherwise(0.0)
-    product = factors[0]
-    for factor in factors[1:]:
-        product = product * factor
-    return pl.when(active).then(product * scale).otherwise(0.0 * pl.col("weight"))
+    scale = frame.select(pl.when(active).then(1.0 / pl.col("_denominator")).otherwise(0.0)).to_series()
+    rows = {"scale": scale.to_numpy()} | ({"mean": frame[MEAN].to_numpy()} if MEAN in frame.columns else {})
+    ratio = ("student_logprob", "rollout_logprob") if weighing.rollout_is_cap is not None else ()
+    names = [n for n in (*want, *ratio) if n in frame.columns]
+    tokens = {n: flatten(frame[n]).to_numpy() for n in names}
+    made: dict[str, NDArray[Any]] = {}
+    for part, repeated in blocks(frame["length"].cast(pl.Int64).to_numpy(), rows):
+        found = multiply({n: v[part] for n, v in tokens.items()} | repeated, weighing.rollout_is_cap)
+        for name, values_T in found.items():
+            checked = name.endswith("coefficient") and len(values_T)
+            if checked and not max(values_T.max(), -values_T.min()) <= LARGEST:
+                raise _not_finite(frame, name, part.start + int((~(np.abs(values_T) <= LARGEST)).argmax()), weighing)
+            if name not in made:
+                made[name] = np.empty(len(tokens["weight"]), dtype=precision)
+            made[name][part] = values_T
+    return frame.with_columns(fold(pl.Series(n, values_T), frame["length"]) for n, values_T in made.items())
+
+
+def _not_finite(frame: pl.DataFrame, name: str, token: int, weighing: Weighing) -> DataError:
+    """A product of finite factors may still be more than single precision holds."""
+    ends = frame["length"].cast(pl.Int64).cum_sum()
+    row = int((ends <= token).sum())
+    where = f"row {frame[ROW][row]}, trajectory {frame['trajectory_id'][row]}"
+    return DataError(
+        f"{name} is not finite", where=where, fix=f"smaller weights or advantages: {own.remedy(weighing.rule)}"
+    )
 
 
 def _denominator(weighing: Weighing) -> pl.Expr:
@@ -221,7 +213,9 @@ def _decided(table: Table, shard: int, weighing: Weighing, stats: Stats, want: I
     if "weight" in want and "weight" not in frame.columns:
         frame = frame.with_columns(weight=pl.lit(1.0).repeat_by(pl.col("length").cast(pl.UInt32)))
     if "advantage" in want and "advantage" not in frame.columns:
-        frame = frame.with_columns(advantage=floats("teacher_logprob") - floats("student_logprob"))
+        teacher_T, student_T = (flatten(frame[f"{who}_logprob"]).to_numpy() for who in ("teacher", "student"))
+        plain_T = np.subtract(teacher_T, student_T, dtype=np.float64)
+        frame = frame.with_columns(fold(pl.Series("advantage", plain_T), frame["length"]))
     return _with_policies(frame, weighing)
 
 
@@ -257,7 +251,7 @@ def _require_local(table: Table, weighing: Weighing, stats: Stats) -> None:
     for prefix, rule in labelled(weighing.rule):
         if own.is_ours(rule) or rule.reads != "shard":
             continue
-        want = [p for p in rule.parts().expressions() if p != "keep"]
+        want = [p for p in rule.said.expressions() if p != "keep"]
         mine = {k.removeprefix(prefix): v for k, v in stats.items() if k.startswith(prefix)}
         columns = list(dict.fromkeys([*KEYS, *part_columns(rule, want)]))
         frame = table.read(range(1), columns)
@@ -308,10 +302,8 @@ def _with_policies(frame: pl.DataFrame, weighing: Weighing) -> pl.DataFrame:
 
 def _trajectories(table: Table, weighing: Weighing, stats: Stats, mean: Mean | None) -> pl.DataFrame:
     """One row per trajectory of the round: what counts of it and, for `mean`, the sum of its weights."""
-    weighted = [r for r in weighing.rule.components if "weight" in r.parts().expressions()]
-    short = (
-        mean is not None and mean.over == "all" and len(weighted) == 1 and weighted[0].parts().weight_sum is not None
-    )
+    weighted = [r for r in weighing.rule.components if "weight" in r.said.expressions()]
+    short = mean is not None and mean.over == "all" and len(weighted) == 1 and weighted[0].said.weight_sum is not None
     want = ["token_keep", *([] if mean is None else ["weight_sum"] if short else ["weight"])]
     rows = []
     for i in range(len(table)):
@@ -345,13 +337,13 @@ def _means(rows: pl.DataFrame, mean: Mean) -> pl.DataFrame:
     return sums.select(*keys, value.alias(MEAN), n=pl.col("_counted").cast(pl.Int64))
 
 
-def _normalised(frame: pl.DataFrame, mean: Mean | None, stats: Stats) -> pl.DataFrame:
+def _with_means(frame: pl.DataFrame, mean: Mean | None, stats: Stats) -> pl.DataFrame:
+    """The frame with the mean weight that its weights are to be divided by, if they are."""
     if mean is None:
         return frame
     keys = scope_keys(mean.scope, mean.by)
     means = read_rows(stats[MEAN], frame.schema) if MEAN in stats else _means(_weight_sums(frame, mean), mean)
-    frame = join_rows(frame, means, keys)
-    return frame.with_columns(weight=pl.col("weight") / pl.col(MEAN))
+    return join_rows(frame, means, keys)
 
 
 def _targets(table: Table, weighing: Weighing, matched: Rule) -> pl.DataFrame:

@@ -19,7 +19,10 @@ class _Record(BaseModel):
 
 
 class Receipt(_Record):
-    """Proof that one shard is complete: created once, never changed."""
+    """Proof that one shard is complete: created once, never changed.
+
+    `columns`: digests of parts of the file, by which a reader of few columns knows them (`fire_data.partial`).
+    """
 
     shard: str
     sha256: str
@@ -29,6 +32,7 @@ class Receipt(_Record):
     fingerprint: str
     versions: dict[str, str] = {}
     seconds: float = 0.0
+    columns: dict[str, str] = {}
 
 
 class Shard(_Record):

@@ -301,6 +301,8 @@ def _column(data: pa.Table, column: Column, where: str) -> pa.ChunkedArray:
 def _check_values(array: pa.ChunkedArray, column: Column, where: str) -> None:
     """No null and no NaN or infinity inside a list column; the lists in a row of lists of lists have one length."""
     flat = pc.list_flatten(array)
+    if flat.null_count == 0 and not pa.types.is_list(flat.type) and all(map(_all_finite, flat.chunks)):
+        return
     bad = pc.is_null(flat)
     what = None
     if pa.types.is_list(flat.type):
@@ -314,6 +316,14 @@ def _check_values(array: pa.ChunkedArray, column: Column, where: str) -> None:
         value = what(at) if what else flat[at].as_py()
         text = f"column {column.name!r} holds {value} at token {at - start}"
         raise DataError(text, where=f"{where}, row {row}")
+
+
+def _all_finite(numbers: pa.Array) -> bool:
+    """If there is no NaN or infinity among numbers without nulls: the extremes of numpy are NaN where there is one."""
+    if not pa.types.is_floating(numbers.type) or not len(numbers):
+        return True
+    values = numbers.to_numpy(zero_copy_only=True)
+    return bool(np.isfinite(values.min()) and np.isfinite(values.max()))
 
 
 def _bad_lists(

@@ -35,7 +35,8 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    assert SCRIPTS == ["cli", "report", "rollout", "rules", "scale", "score", "train", "vllm", "vllm_stages", "weigh"]
+    names = ["cli", "report", "rollout", "rules", "scale", "score", "storage", "train", "vllm", "vllm_stages", "weigh"]
+    assert names == SCRIPTS
 
 
 @pytest.mark.parametrize("script", SMOKED)

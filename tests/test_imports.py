@@ -21,9 +21,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
         "schedule", "sampling", "frames", "vocabulary", "signals", "topk", "loss", "packing", "batch",
-        "prepare", "summary", "teachers", "weighing", "rules", "rules.base", "rules.tokens", "rules.statistics",
-        "rules.evaluate",
-        "rules.compose", "rules.own", "rules.fire", "rules.controls", "rules.repairs", "rules.filters",
+        "coefficient", "prepare", "summary", "teachers", "weighing", "rules", "rules.base", "rules.tokens",
+        "rules.statistics", "rules.evaluate", "rules.compose", "rules.own", "rules.fire", "rules.controls",
+        "rules.repairs", "rules.filters",
         "rules.weights", "rules.masks",
         "rules.advantages", "rules.candidates", "rules.topk", "rules.forward_kl", "rules.expression",
         "verify.answers", "verify.choice", "verify.estimates", "verify.bootstrap", "verify.program", "pyfile",
@@ -33,6 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "diagnose.responses", "diagnose.signals", "compare", "compare.asked", "compare.plot", "compare.tally",
     ),
     "storage and engines": (
+        "partial",
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
         "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "training", "trainstate", "stream",
         "kept", "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe", "http_engine",

@@ -22,8 +22,18 @@ from fire_data import files, shards
 from fire_data.run import open_run
 from fire_data.schemas.errors import DamagedError, DataError, FingerprintError, StorageError
 from fire_data.schemas.manifest import Receipt, Shard, digest
-from fire_data.schemas.tables import conform
-from fire_data.shards import Part, adopt, intact, read_manifest, read_receipt, read_shard, verify_shard, write_shard
+from fire_data.schemas.tables import columns_of, conform
+from fire_data.shards import (
+    Part,
+    adopt,
+    intact,
+    read_manifest,
+    read_receipt,
+    read_schema,
+    read_shard,
+    verify_shard,
+    write_shard,
+)
 from fire_data.stages import Stage, open_stage, plan_shards, run_stage, set_stage_aside
 
 from .conftest import flip, shard_files
@@ -581,3 +591,79 @@ def test_row_groups_stay_far_below_what_viewers_refuse(part: Part, monkeypatch: 
     receipt = write(part)
     assert pq.read_metadata(part.file("00000")).num_row_groups > 1
     assert read_shard(part, receipt).equals(rollouts())
+
+
+def scored_shard(tmp_path: Path) -> tuple[Part, Receipt]:
+    part = Part(tmp_path, "scores", 0)
+    shard = Shard(name="00000", start=0, stop=3)
+    run_stage(Stage(part, {"made": "here"}, (shard,)), lambda _: few_scores())
+    receipt = read_receipt(part, "00000")
+    assert receipt is not None
+    return part, receipt
+
+
+def few_scores() -> pa.Table:
+    lengths = [2, 0, 3]
+    columns: dict[str, Any] = {}
+    for column in columns_of("scores"):
+        if column.per == "token":
+            columns[column.name] = pa.array([[i + 1 for i in range(n)] for n in lengths], column.type)
+        elif not column.nullable:
+            values: list[Any] = [[1]] * 3 if column.per == "prompt" else lengths
+            columns[column.name] = [str(v) for v in values] if pa.types.is_string(column.type) else values
+    return conform(pa.table(columns), "scores", "here")
+
+
+def test_damage_anywhere_is_an_error_or_in_columns_that_are_not_read(tmp_path: Path) -> None:
+    part, receipt = scored_shard(tmp_path)
+    path, wanted = part.file("00000"), ["trajectory_id", "teacher_entropy", "length"]
+    whole, expected = path.read_bytes(), read_shard(part, receipt).select(wanted)
+    found = {"refused": 0, "elsewhere": 0}
+    for place in range(0, len(whole), 97):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert read_shard(part, receipt, wanted).equals(expected)
+            found["elsewhere"] += 1
+        except DamagedError:
+            found["refused"] += 1
+        assert not intact(path, receipt)
+        with pytest.raises(DamagedError):
+            read_shard(part, receipt)
+    assert min(found.values()) > 10
+
+
+@pytest.mark.parametrize("size", [0, 3, 8, 100])
+def test_a_cut_file_has_no_columns(tmp_path: Path, size: int) -> None:
+    part, receipt = scored_shard(tmp_path)
+    path = part.file("00000")
+    path.write_bytes(path.read_bytes()[:size])
+    for read in (lambda: read_shard(part, receipt, ["length"]), lambda: read_schema(part, receipt)):
+        with pytest.raises(DamagedError):
+            read()
+
+
+def test_few_columns_are_read_without_the_bytes_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part, receipt = scored_shard(tmp_path)
+    expected, read = read_shard(part, receipt), list[int]()
+    fill = os.preadv
+
+    def counted(fd: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(sum(len(b) for b in buffers))
+        return fill(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("the whole file was read"))
+    few = read_shard(part, receipt, ["length", "teacher_logprob"], optional=["reverse_kl", "no_such_column"])
+    assert few.equals(expected.select(["length", "teacher_logprob", "reverse_kl"]))
+    assert len(read) == 5, "the footer's length, the footer, three columns"
+    assert read_schema(part, receipt) == expected.schema
+
+
+def test_receipts_without_digests_of_columns_are_still_read(tmp_path: Path) -> None:
+    part, receipt = scored_shard(tmp_path)
+    older = receipt.model_copy(update={"columns": {}})
+    for columns in (["length"], ["teacher_logprob", "trajectory_id"]):
+        assert read_shard(part, older, columns).equals(read_shard(part, receipt, columns))
+    assert read_schema(part, older) == read_schema(part, receipt)

@@ -8,6 +8,7 @@ denominators and checks. Columns, scopes and staleness are read off the expressi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -128,6 +129,16 @@ class Rule(ABC):
     def statistics(self) -> tuple[Statistic, ...]:
         """The numbers its expressions need; one may use those before it."""
         return ()
+
+    @functools.cached_property
+    def said(self) -> Parts:
+        """`parts()`, asked once."""
+        return self.parts()
+
+    @functools.cached_property
+    def declared(self) -> tuple[Statistic, ...]:
+        """`statistics()`, asked once."""
+        return self.statistics()
 
     def derived(self) -> dict[str, pl.Expr]:
         """Token columns made from token columns, for what is costly and used more than once."""

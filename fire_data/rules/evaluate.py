@@ -32,7 +32,7 @@ def decide(frame: pl.DataFrame, rule: Rule, stats: Stats, want: Iterable[str]) -
 
 
 def _decide(frame: pl.DataFrame, rule: Rule, stats: Stats, want: Iterable[str]) -> pl.DataFrame:
-    parts = rule.parts()
+    parts = rule.said
     wanted = {n: e for n, e in parts.expressions().items() if n in want or n == "keep"}
     whole = without_empty(frame)
     filled = attach(whole, rule, stats, {r for e in wanted.values() for r in e.meta.root_names()})
@@ -63,15 +63,14 @@ def _check_made(flat: pl.DataFrame, frame: pl.DataFrame, rule: Rule) -> None:
     """Weights and advantages must be finite in single precision, weights not negative. Raises DataError."""
     for name in flat.columns:
         value = flat[name]
+        if _is_sound(name, value):
+            continue
         if _kinds(name) == "truth":
             wrong, what = value.is_null(), "gives neither true nor false"
         else:
-            wrong = ~(value.abs() <= LARGEST).fill_null(False)
-            what = "is not finite"
-            if name != "advantage" and not wrong.any():
+            wrong, what = ~(value.abs() <= LARGEST).fill_null(False), "is not finite"
+            if not wrong.any():
                 wrong, what = value < 0, "is negative"
-        if not wrong.any():
-            continue
         at = int(wrong.arg_max() or 0)
         ends = frame["length"].cast(pl.Int64).cum_sum()
         row = int((ends <= at).sum())
@@ -79,6 +78,15 @@ def _check_made(flat: pl.DataFrame, frame: pl.DataFrame, rule: Rule) -> None:
         text = f"{name} {what}: the rule {rule.name} gives {value[at]}"
         where = f"row {frame[ROW][row]}, trajectory {frame['trajectory_id'][row]}, token {token}"
         raise DataError(text, where=where, fix=own.remedy(rule))
+
+
+def _is_sound(name: str, value: pl.Series) -> bool:
+    """If the values are as `_check_made` wants them, found without a column of answers."""
+    if value.null_count() or _kinds(name) == "truth" or not len(value):
+        return not value.null_count()
+    numbers = value.to_numpy()  # whose extremes, unlike those of Polars, are nan where there is one
+    lowest = -LARGEST if name == "advantage" else 0.0
+    return bool(numbers.min() >= lowest and numbers.max() <= LARGEST)
 
 
 LARGEST = 3.4e38  # what float32, in which weights are stored, can hold
@@ -90,8 +98,8 @@ def check(rule: Rule, schema: pl.Schema, missing: Callable[[str], tuple[str, str
 
     `missing(column)` is what to say of a column that a table could have, and the command that adds it.
     """
-    declared: dict[str, Any] = {c: pl.Float64 for s in rule.statistics() for c in (s.name, f"{s.name}_position")}
-    declared |= {f"{s.name}_id": pl.String for s in rule.statistics()} | dict.fromkeys(rule.fitted, pl.Float64)
+    declared: dict[str, Any] = {c: pl.Float64 for s in rule.declared for c in (s.name, f"{s.name}_position")}
+    declared |= {f"{s.name}_id": pl.String for s in rule.declared} | dict.fromkeys(rule.fitted, pl.Float64)
     clash = sorted(declared.keys() & ({*schema.names()} | RESERVED))
     if clash:
         text = f"a statistic is called {clash[0]!r}, as a column is"
@@ -121,10 +129,10 @@ def check(rule: Rule, schema: pl.Schema, missing: Callable[[str], tuple[str, str
 
 
 def _labelled(rule: Rule) -> Iterator[tuple[str, pl.Expr, bool]]:
-    for s in rule.statistics():
+    for s in rule.declared:
         for e in s.expressions():
             yield f"statistic {s.name}", e, s.of == "tokens"
-    for name, expression in rule.parts().expressions().items():
+    for name, expression in rule.said.expressions().items():
         yield name, expression, name not in PER_TRAJECTORY
 
 
@@ -167,5 +175,5 @@ def _evaluate(frame: pl.DataFrame, parts: dict[str, pl.Expr], rule: Rule) -> pl.
 
 def part_columns(rule: Rule, want: Iterable[str]) -> list[str]:
     """The columns of the table that `decide` needs for these parts."""
-    parts = rule.parts().expressions()
+    parts = rule.said.expressions()
     return table_columns(rule, [e for n, e in parts.items() if n in want or n == "keep"])

@@ -90,8 +90,8 @@ class Fire(Rule):
         if not (self.alpha or self.beta):
             return {}
         return {
-            "teacher_confidence": (1.0 - self._divided("teacher", "teacher_entropy")).clip(0.0, 1.0),
-            "student_confusion": self._divided("student", "student_entropy").clip(0.0, 1.0),
+            "teacher_confidence": _within_1(1.0 - self._divided("teacher", "teacher_entropy")),
+            "student_confusion": _within_1(self._divided("student", "student_entropy")),
         }
 
     def factors(self) -> dict[str, pl.Expr]:
@@ -109,7 +109,7 @@ class Fire(Rule):
     def _divided(self, who: str, entropy: str) -> pl.Expr:
         if self.normaliser == "log_vocabulary":
             return pl.col(entropy) / math.log(self.vocabulary_size or 2)
-        return pl.col(entropy) / pl.col(f"{who}_limit").clip(lower_bound=_SMALLEST_LIMIT)
+        return pl.col(entropy) / _limit(who)
 
     def _weight_sum(self) -> pl.Expr:
         """The sum of the weights from per-trajectory sums.
@@ -119,10 +119,17 @@ class Fire(Rule):
         a, b = self.alpha, self.beta
         teacher = self._divided("teacher", "teacher_entropy_sum")
         student = self._divided("student", "student_entropy_sum")
-        both = self._divided("teacher", "entropy_product_sum") / pl.col("student_limit").clip(
-            lower_bound=_SMALLEST_LIMIT
-        )
+        both = self._divided("teacher", "entropy_product_sum") / _limit("student")
         return (1 + a) * pl.col("length") + (1 + a) * b * student - a * teacher - a * b * both
+
+
+def _limit(who: str) -> pl.Expr:
+    return pl.max_horizontal(pl.col(f"{who}_limit"), _SMALLEST_LIMIT)
+
+
+def _within_1(value: pl.Expr) -> pl.Expr:
+    """Between 0 and 1; `clip` takes Polars three times as long."""
+    return pl.max_horizontal(pl.min_horizontal(value, 1.0), 0.0)
 
 
 _ALL_STEP = {"filter_scope": "step", "max_scope": "step", "mean_scope": "step", "denominator": "tokens"}

@@ -25,7 +25,7 @@ _WIDE = ("step", "round")
 
 def fit_statistics(rule: Rule, frames: Frames) -> Stats:
     """All statistics of `rule` whose scope is a step or the round, as rows with their keys."""
-    declared = rule.statistics()
+    declared = rule.declared
     stats: Stats = {}
     for stage in _stages(declared):
         wide = [s for s in stage if s.scope in _WIDE]
@@ -83,12 +83,12 @@ def table_columns(rule: Rule, expressions: Iterable[pl.Expr], statistics: Iterab
     """The columns of the table that expressions need, also through statistics they use."""
     used = {r for e in expressions for r in e.meta.root_names()}
     used |= {s.at for s in statistics if isinstance(s.at, str)}
-    needed = _needed(rule.statistics(), used)
+    needed = _needed(rule.declared, used)
     for s in (*needed, *statistics):
         used |= _used(s) | ({s.by} if s.by else set())
     derived = rule.derived()
     used |= {r for n, e in derived.items() if n in used for r in e.meta.root_names()}
-    mine = {c for s in rule.statistics() for c in _provided(s)} | {"position", *rule.fitted, *derived}
+    mine = {c for s in rule.declared for c in _provided(s)} | {"position", *rule.fitted, *derived}
     return sorted(used - mine)
 
 
@@ -111,7 +111,7 @@ def attach(
                 taken[name] = rows
         waiting.clear()
 
-    declared = rule.statistics()
+    declared = rule.declared
     for s in _needed(declared, used):
         if any(_provided(w) & _used(s) for w in waiting):
             take()

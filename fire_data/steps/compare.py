@@ -40,14 +40,13 @@ def compare(
     asked = parse_rules(rules)
     for a in asked:
         with_asked(run, a).rule()  # a name or parameter that does not exist ends it all
-    verified: dict[tuple[str, str], Path] = {}
-    base = ScoredRound(run, round, configured(with_asked(run, BASELINE)), verified, graded=True)
+    base = ScoredRound(run, round, configured(with_asked(run, BASELINE)), graded=True)
     lost: dict[str, FireError] = {}
     works: dict[str, ScoredRound] = {}
     report.start(f"compare {base.part.label}", (1 + len(base)) * len(asked), "shards")
     for a in asked:
         try:
-            works[a.label] = ScoredRound(run, round, configured(with_asked(run, a)), verified, graded=True)
+            works[a.label] = ScoredRound(run, round, configured(with_asked(run, a)), graded=True)
             _ = works[a.label].fitted
         except DamagedError:
             raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -13,16 +13,19 @@ import pyarrow as pa
 
 from fire_data import contract, weighing
 from fire_data.overview import start_over
-from fire_data.prepare import Decided, Weighing, check_values, prepare, require_columns
+from fire_data.prepare import Decided, Weighing, check_values, prepare, require_columns, stored
 from fire_data.rules import every, own
+from fire_data.rules.base import ROW
 from fire_data.run import Run
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, REWARD, addon_of, conform
-from fire_data.shards import Part, is_sealed, read_manifest, read_shard, sealed, verify_shard
+from fire_data.shards import Part, is_sealed, read_manifest, read_schema, read_shard, sealed
 from fire_data.stages import Reporter, Silent, Stage, run_stage
 from fire_data.summary import merge_summaries, summarise
 from fire_data.teachers import Bounds, Teachers, require_exact, stored_bounds
+
+_LANES = 2  # one shard is computed while another is written
 
 
 def configured(run: Run) -> Weighing:
@@ -56,8 +59,14 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
     recorded |= {"entropy": {c: b.record() for c, b in work.bounds.items()}} if work.bounds else {}
     stage = Stage(run.part("weights", round, run.config.weights_name), fields, source.plan, recorded)
 
+    done: dict[str, dict[str, float]] = {}
+    one_at_a_time = threading.Lock()
+
     def make(shard: Shard) -> pa.Table:
-        table = work.weighted(shard.name).to_arrow(compat_level=pl.CompatLevel.oldest())
+        with one_at_a_time:  # while the shard before is written
+            weights = work.weighted(shard.name)
+        done[shard.name] = summarise(weights, weights["weight"].list.len())
+        table = weights.to_arrow(compat_level=pl.CompatLevel.oldest())
         return conform(table, "weights", f"{stage.part.label}, shard {shard.name}")
 
     # Whatever is wrong with the rule is found before a stage is opened or, with all its numbers, set aside.
@@ -69,9 +78,9 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
         start_over(run, "weights", round, report, stage.part.name)
 
     def finish(receipts: list[Receipt]) -> dict[str, Any]:
-        return _stats(work, stage.part, receipts)
+        return _stats(work, stage.part, receipts, done)
 
-    manifest = run_stage(stage, make, finish, report)
+    manifest = run_stage(stage, make, finish, report, lanes=_LANES)
     name, stats = run.config.weights_name, manifest.stats
     if work.bounds:
         told = "; ".join(f"{column} is {bound}" for column, bound in work.bounds.items())
@@ -90,20 +99,13 @@ def drops(rule: Weighing) -> bool:
 
 
 class ScoredRound:
-    """The verified shards of a round's scores and addons as a `Table`, and what `fit` found, once it is needed.
+    """The shards of a round's scores and addons as a `Table`, and what `fit` found, once it is needed.
 
-    `verified`: files whose bytes were compared already. Several passes, and rules, read them, and one hash is enough.
+    Of each shard those columns are read, and compared with its receipt, that are asked for.
     `graded`: rewards of `fire verify` are there too, whether or not the rule reads them.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        round: int,
-        rule: Weighing,
-        verified: dict[tuple[str, str], Path] | None = None,
-        graded: bool = False,
-    ) -> None:
+    def __init__(self, run: Run, round: int, rule: Weighing, graded: bool = False) -> None:
         self.rule = rule
         self.place = f"{shlex.quote(str(run.root))} --round {round}"
         self.part = run.part("scores", round)
@@ -113,10 +115,10 @@ class ScoredRound:
         rewards = run.part("addons", round, REWARD)
         more = [run.addon(round, REWARD)] if graded and is_sealed(rewards) else []
         self._beside = list({p.name: (p, m) for p, m in (*self.addons, *more)}.values())
-        self._files = {} if verified is None else verified
+        self._schemas: dict[str, pl.Schema] = {}
+        self._seen: set[str] = set()
         self.last: Decided | None = None
         self._fitted: weighing.Fitted | None = None
-        self._prepared: dict[range, pl.LazyFrame] = {}
         self.bounds = require_exact(rule.rule, rule.teachers, rule.entropy, self._stored_bounds(), self.part.label)
 
     def __len__(self) -> int:
@@ -125,10 +127,16 @@ class ScoredRound:
     @property
     def fitted(self) -> weighing.Fitted:
         if self._fitted is None:
-            require_columns(self._scan(range(1)), self.rule, self.place)
-            for i in range(len(self)):
-                check_values(self._scan(range(i, i + 1)), self.rule, self.place)
-            self._fitted = weighing.fit(self, self.rule)
+            empty = pl.DataFrame(schema={c: t for _, s in self._sources() for c, t in s.items()})
+            require_columns(prepare(empty.lazy(), self.rule), self.rule, self.place)
+            fitted = weighing.fit(self, self.rule)
+            # Values are looked at when they are read: of those that only the weights need, token columns are left to
+            # then, so that they are read once.
+            rows = [c for c in self.rule.columns if c in empty.schema and not isinstance(empty.schema[c], pl.List)]
+            if left := [c for c in rows if c not in self._seen]:
+                for i in range(len(self)):
+                    self.read(range(i, i + 1), left)
+            self._fitted = fitted
         return self._fitted
 
     def weighted(self, shard: str) -> pl.DataFrame:
@@ -139,7 +147,11 @@ class ScoredRound:
         return sum(r.rows for r in self.receipts[:shard]), self.receipts[shard].rows
 
     def read(self, shards: range, columns: Sequence[str]) -> pl.DataFrame:
-        return self._scan(shards).select(columns).collect()
+        first = self.rows(shards[0])[0]
+        frame = pl.concat([self._stored(i, columns) for i in shards])
+        self._seen.update(frame.columns)
+        check_values(frame.with_row_index(ROW, offset=first), self.rule, self.place)
+        return prepare(frame.lazy(), self.rule, first).select(columns).collect()
 
     def span(self, shard: int, reads: Literal["step", "round"]) -> range:
         size = self.rule.batch_size
@@ -153,28 +165,36 @@ class ScoredRound:
     def _stored_bounds(self) -> Bounds:
         """The entropies of the scores, and of added teachers, that are not exact."""
         added = {_teacher_of(p): (p, m) for p, m in self.addons if _teacher_of(p)}
-        shards = [self._verified(p, m.shards[0]) for p, m in added.values() if m.shards]
-        columns = {c for shard in shards for c in pl.read_parquet_schema(shard)}
+        columns = {c for p, m in added.values() if m.shards for c in self._schema(p, m.shards[0])}
         return stored_bounds(self.source, {name: m for name, (_, m) in added.items()}, columns)
 
-    def _scan(self, shards: range) -> pl.LazyFrame:
-        if shards not in self._prepared:
-            scores = pl.scan_parquet([self._verified(self.part, self.receipts[i]) for i in shards], glob=False)
-            if REWARD in [p.name for p, _ in self._beside]:  # which takes the place of the rollouts' own
-                scores = scores.drop(REWARD)
-            more = [
-                pl.scan_parquet([self._verified(p, m.shards[i]) for i in shards], glob=False).drop("trajectory_id")
-                for p, m in self._beside
-            ]
-            joined = pl.concat([scores, *more], how="horizontal") if more else scores
-            self._prepared[shards] = prepare(joined, self.rule, self.rows(shards[0])[0])
-        return self._prepared[shards]
+    def _sources(self) -> list[tuple[tuple[Part, Manifest], pl.Schema]]:
+        """The scores and the addons beside them, each with the columns that are taken from it."""
+        replaced = {REWARD} if REWARD in [p.name for p, _ in self._beside] else set()
+        sources = [((self.part, self.source), replaced), *((beside, {"trajectory_id"}) for beside in self._beside)]
+        return [
+            ((p, m), pl.Schema({c: t for c, t in self._schema(p, m.shards[0]).items() if c not in without}))
+            for (p, m), without in sources
+        ]
 
-    def _verified(self, part: Part, receipt: Receipt) -> Path:
-        key = (part.label, receipt.shard)
-        if key not in self._files:
-            self._files[key] = verify_shard(part, receipt)
-        return self._files[key]
+    def _schema(self, part: Part, receipt: Receipt) -> pl.Schema:
+        if part.label not in self._schemas:
+            empty = pl.from_arrow(read_schema(part, receipt).empty_table())
+            assert isinstance(empty, pl.DataFrame)
+            self._schemas[part.label] = empty.schema
+        return self._schemas[part.label]
+
+    def _stored(self, shard: int, columns: Sequence[str]) -> pl.DataFrame:
+        """What these columns are made from, of one shard."""
+        sources = self._sources()
+        wanted = {*stored(columns, self.rule, [c for _, schema in sources for c in schema])}
+        frames = []
+        for (part, manifest), schema in sources:
+            if mine := [c for c in schema if c in wanted]:
+                frame = pl.from_arrow(read_shard(part, manifest.shards[shard], mine))
+                assert isinstance(frame, pl.DataFrame)
+                frames.append(frame)
+        return pl.concat(frames, how="horizontal")
 
 
 def addon_tables(run: Run, round: int, rule: Weighing) -> list[tuple[Part, Manifest]]:
@@ -225,15 +245,18 @@ def weights_fields(rule: Weighing, source: Manifest, addons: list[tuple[Part, Ma
     }
 
 
-def _stats(work: ScoredRound, part: Part, receipts: list[Receipt]) -> dict[str, Any]:
-    """What the rule did, summed shard by shard in shard order, with its statistics and the steps' denominators."""
-    parts = []
-    for receipt, source in zip(receipts, work.receipts, strict=True):
-        weights = pl.from_arrow(read_shard(part, receipt))
-        lengths = pl.from_arrow(read_shard(work.part, source, ["length"]))
-        assert isinstance(weights, pl.DataFrame)
-        assert isinstance(lengths, pl.DataFrame)
-        parts.append(summarise(weights, lengths["length"]))
+def _stats(work: ScoredRound, part: Part, receipts: list[Receipt], done: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What the rule did, summed shard by shard in shard order, with its statistics and the steps' denominators.
+
+    `done`: the sums of shards that were just made, which need not be read again.
+    """
+    parts = [done.get(r.shard) or _read_sums(part, r) for r in receipts]
     skipped = [s["step"] for s in work.fitted.steps if s["kept_tokens"] == 0]
     steps = {"steps": work.fitted.steps, "skipped_steps": skipped}
     return {**merge_summaries(parts), "rule": work.fitted.stats, **steps}
+
+
+def _read_sums(part: Part, receipt: Receipt) -> dict[str, float]:
+    weights = pl.from_arrow(read_shard(part, receipt))
+    assert isinstance(weights, pl.DataFrame)
+    return summarise(weights, weights["weight"].list.len())

@@ -225,6 +225,8 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         EngineError: the model's own forward gives other logits.
     """
+    from fire_data.signals import MatrixHead, is_plain
+
     matrix = cast(Any, model).get_output_embeddings()
     if matrix is None:
         raise EngineError(f"{type(model).__name__} has no output embeddings", fix="use a causal language model")
@@ -244,6 +246,8 @@ def head_of(model: PreTrainedModel) -> Head:
     if model not in _VERIFIED:
         _verify_head(model, head)
         _VERIFIED.add(model)
+    if factor == 1.0 and divisor == 1.0 and not cap and is_plain(matrix):
+        return MatrixHead(matrix)
     return head
 
 

@@ -63,15 +63,27 @@ def mask_logits(logits_TV: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor
     """
     import torch
 
-    if logits_TV.shape[-1] < vocabulary.size:
-        text = f"the model has {logits_TV.shape[-1]} output rows, the vocabulary ids up to {vocabulary.size - 1}"
-        raise TokenizerError(text, fix="use the tokenizer that belongs to the model")
+    require_rows(logits_TV.shape[-1], vocabulary)
     logits_TV = logits_TV[..., : vocabulary.size]
     logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
     allowed_V = vocabulary.mask(logits_TV.device)
     if allowed_V is None:
         return logits_TV
-    return logits_TV.masked_fill(~allowed_V, torch.finfo(logits_TV.dtype).min / 4)
+    return logits_TV.masked_fill(~allowed_V, lowest(logits_TV.dtype))
+
+
+def require_rows(rows: int, vocabulary: Vocabulary) -> None:
+    """Raise TokenizerError if a model with so many output rows lacks ids of the vocabulary."""
+    if rows < vocabulary.size:
+        text = f"the model has {rows} output rows, the vocabulary ids up to {vocabulary.size - 1}"
+        raise TokenizerError(text, fix="use the tokenizer that belongs to the model")
+
+
+def lowest(dtype: torch.dtype) -> float:
+    """The logit of a forbidden id: far below all others, and its differences are finite."""
+    import torch
+
+    return torch.finfo(dtype).min / 4
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ HEAVY = ("torch", "polars", "transformers", "pyarrow", "numpy", "vllm", "ray", "
 LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
-        "schedule", "sampling", "frames", "vocabulary", "signals", "topk", "loss", "packing", "batch",
+        "schedule", "sampling", "frames", "vocabulary", "signals", "rowsums", "topk", "loss", "packing", "batch",
         "coefficient", "prepare", "summary", "teachers", "weighing", "rules", "rules.base", "rules.tokens",
         "rules.statistics", "rules.evaluate", "rules.compose", "rules.own", "rules.fire", "rules.controls",
         "rules.repairs", "rules.filters",

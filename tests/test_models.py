@@ -27,6 +27,7 @@ from fire_data.models import (
 )
 from fire_data.schemas.config import ModelConfig
 from fire_data.schemas.errors import ConfigError, DataError, EngineError
+from fire_data.signals import MatrixHead
 
 torch.set_num_threads(1)
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -94,6 +95,20 @@ def test_hidden_states_and_head_give_the_models_own_logits_under_padding(name: s
     for i, n in enumerate(lengths):
         torch.testing.assert_close(logits[i, :n], plain[i], rtol=0, atol=1e-12)
         torch.testing.assert_close(left_logits[i, 9 - n :].double(), plain[i], rtol=0, atol=1e-5)
+
+
+def test_a_matrix_is_used_directly_only_where_nothing_wraps_it() -> None:
+    assert isinstance(head_of(build(tf.LlamaConfig(**MORE))), MatrixHead)
+    for wrap in (
+        lambda matrix: matrix.register_forward_hook(lambda module, args, output: output),
+        lambda matrix: matrix.register_forward_pre_hook(lambda module, args: args),
+        lambda matrix: setattr(matrix, "forward", matrix.forward),
+    ):
+        model = build(tf.LlamaConfig(**MORE))
+        wrap(model.lm_head)
+        assert not isinstance(head_of(model), MatrixHead)
+    soft_capped = build(architectures(True)["gemma2"])
+    assert not isinstance(head_of(soft_capped), MatrixHead)
 
 
 @pytest.mark.parametrize(

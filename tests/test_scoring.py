@@ -34,6 +34,10 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(SIZE, allowed)
 
 
+def everything(size: int) -> Vocabulary:
+    return Vocabulary(size, np.ones(size, dtype=np.bool_))
+
+
 def qwen(rows: int, seed: int, hidden: int = 32) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -237,7 +241,8 @@ def test_signals_in_single_precision_keep_their_digits(size: int, scale: float) 
     student_TV[6], teacher_TV[6] = 2.0, -3.0  # uniform
     ids_T = torch.randint(0, size, (12,), generator=generator)
     before = student_TV.clone()
-    ours = {name: [value.tolist()] for name, value in chunk_signals(student_TV, teacher_TV, ids_T).items()}
+    found = chunk_signals((student_TV, teacher_TV), ids_T, everything(size))
+    ours = {name: [value.tolist()] for name, value in found.items()}
     theirs = {name: [values] for name, values in plain_signals(student_TV, teacher_TV, ids_T).items()}
     assert_close(ours, theirs)
     assert torch.equal(before, student_TV)
@@ -248,7 +253,7 @@ def test_equal_logits_share_a_rank_and_the_first_is_top() -> None:
     logits = torch.zeros(2, 3000)
     logits[0, [5, 2900]] = 1.0
     logits[1, 2999] = 1.0
-    result = chunk_signals(logits, logits, torch.tensor([2900, 0]))
+    result = chunk_signals((logits, logits), torch.tensor([2900, 0]), everything(3000))
     assert result["student_top1_id"].tolist() == [5, 2999]
     assert result["student_rank"].tolist() == [1, 2]
 

@@ -14,11 +14,11 @@ from fire_data.engines import FakeScorer
 from fire_data.models import head_of
 from fire_data.schemas.tables import ADDONS, EVALUATED, FLOAT_LISTS, IDS, SIGNALS, conform
 from fire_data.scoring import TransformersEvaluator, TransformersScorer
-from fire_data.signals import chunk_candidates, token_signals
+from fire_data.signals import chunk_signals, token_signals
 from fire_data.topk import best
-from fire_data.vocabulary import Vocabulary, mask_logits
+from fire_data.vocabulary import Vocabulary
 
-from .test_scoring import SIZE, gpt2, plain_logits, qwen, rollouts, vocabulary, within
+from .test_scoring import SIZE, everything, gpt2, plain_logits, qwen, rollouts, vocabulary, within
 
 torch.set_num_threads(1)
 TOPK = [c.name for c in ADDONS["topk"]]
@@ -128,7 +128,9 @@ def test_a_large_vocabulary_in_single_precision_keeps_its_digits(scale: float) -
     generator = torch.Generator().manual_seed(0)
     student_TV, teacher_TV = (torch.randn(12, 5000, generator=generator) * scale for _ in range(2))
     before = student_TV.clone()
-    ours = {name: value.tolist() for name, value in chunk_candidates(student_TV, teacher_TV, 16).items()}
+    none = torch.zeros(12, dtype=torch.long)
+    found = chunk_signals((student_TV, teacher_TV), none, everything(5000), k=16, signals=False)
+    ours = {name: value.tolist() for name, value in found.items()}
     assert_close(ours, plain_topk(student_TV, teacher_TV, 16))
     assert torch.equal(before, student_TV)
 
@@ -212,7 +214,7 @@ def test_the_fake_engine_agrees_with_itself(k: int) -> None:
 
 
 def test_a_forbidden_id_is_never_among_the_best_even_if_all_others_are_wanted() -> None:
-    masked = mask_logits(torch.tensor([[1.0, 2.0, 3.0]]), Vocabulary(3, np.array([True, True, False])))
-    found = chunk_candidates(masked, masked, 2)
+    logits_TV, two = torch.tensor([[1.0, 2.0, 3.0]]), Vocabulary(3, np.array([True, True, False]))
+    found = chunk_signals((logits_TV, logits_TV), torch.tensor([0]), two, k=2, signals=False)
     assert found["student_topk_ids"].tolist() == found["teacher_topk_ids"].tolist() == [[1, 0]]
     assert found["student_topk_logprobs"].exp().sum().item() == pytest.approx(1.0)

@@ -22,10 +22,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from fire_data.head import LinearHead
 from fire_data.models import head_of, hidden_states
 from fire_data.packing import micro_batches, pad, response_index
 from fire_data.scoring import TransformersScorer
-from fire_data.signals import MatrixHead, model_signals, token_signals
+from fire_data.signals import model_signals, token_signals
 from fire_data.vocabulary import Vocabulary
 
 SIZES: measure.Sizes = {
@@ -73,7 +74,7 @@ def given_states(group: str, options: argparse.Namespace, vocabulary: Vocabulary
     scale = 2 / options.hidden**0.5
     matrices = [(torch.randn(options.vocabulary, options.hidden) * scale).to(**place) for _ in models]
     ids_T = torch.randint(vocabulary.size, (options.tokens,)).to(options.device)
-    heads = [MatrixHead(torch.nn.Linear(1, 1, bias=False, device="meta")) for _ in models]
+    heads = [LinearHead(torch.nn.Linear(1, 1, bias=False, device="meta")) for _ in models]
     for head, matrix_VD in zip(heads, matrices, strict=True):
         head.matrix.weight = torch.nn.Parameter(matrix_VD, requires_grad=False)
         head.matrix.out_features = options.vocabulary

@@ -75,13 +75,14 @@ class StepBatch:
         total = sum(map(len, self.response_ids))
         if not 0 <= self.kept_tokens <= total:
             raise DataError(f"{self.kept_tokens} kept tokens of {total}", where=self.where(), fix=_REWEIGH)
-        if not self.kept_tokens and any(self.contributes(i) for i in range(rows)):
+        if not self.kept_tokens and any(self.active(i).any() for i in range(rows)):
             raise DataError("no token is kept, yet coefficients differ from 0", where=self.where(), fix=_REWEIGH)
         self._check_topk()
 
-    def contributes(self, row: int) -> bool:
-        """Whether a coefficient of the row, of either stream, is other than 0."""
-        return any(np.any(np.asarray(c[row]) != 0) for c in (self.coefficient, self.fkl_coefficient) if c is not None)
+    def active(self, row: int) -> npt.NDArray[np.bool_]:
+        """Which response tokens of the row have a coefficient, of either stream, other than 0: [T]."""
+        first: npt.NDArray[np.bool_] = np.asarray(self.coefficient[row]) != 0
+        return first if self.fkl_coefficient is None else first | (np.asarray(self.fkl_coefficient[row]) != 0)
 
     def where(self, row: int | None = None, token: int | None = None) -> str:
         """The place an error names."""

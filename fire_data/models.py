@@ -15,7 +15,6 @@ import inspect
 import json
 import os
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Head = Callable[[torch.Tensor], torch.Tensor]
+    from fire_data.head import Head
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LIGHT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # everything of a Hub repository but its weights
@@ -225,7 +224,7 @@ def head_of(model: PreTrainedModel) -> Head:
     Raises:
         EngineError: the model's own forward gives other logits.
     """
-    from fire_data.signals import MatrixHead, is_plain
+    from fire_data.head import LinearHead
 
     matrix = cast(Any, model).get_output_embeddings()
     if matrix is None:
@@ -235,19 +234,10 @@ def head_of(model: PreTrainedModel) -> Head:
     divisor = getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None)
 
-    def head(states: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = matrix(states)
-        if factor != 1.0:
-            logits = logits * factor
-        if divisor != 1.0:
-            logits = logits / divisor
-        return (logits / cap).tanh() * cap if cap else logits
-
+    head = LinearHead(matrix, factor, divisor, cap)
     if model not in _VERIFIED:
         _verify_head(model, head)
         _VERIFIED.add(model)
-    if factor == 1.0 and divisor == 1.0 and not cap and is_plain(matrix):
-        return MatrixHead(matrix)
     return head
 
 

@@ -34,8 +34,8 @@ def learning_rate(global_step: int, cfg: TrainConfig) -> float:
 def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the trainable parameters, in their own dtype.
 
-    Decay applies to matrices and embeddings, not to vectors (norm gains, biases). The plain loop over parameters does
-    the same arithmetic on every device and, unlike `foreach`, needs no temporaries the size of the model.
+    Decay applies to matrices and embeddings, not to vectors (norm gains, biases). On a CPU one fused pass updates a
+    parameter; elsewhere the plain loop does, whose temporaries are those of one parameter and not of the model.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -48,5 +48,5 @@ def make_optimizer(model: nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
         betas=cfg.betas,
         eps=cfg.eps,
         foreach=False,
-        fused=False,
+        fused=all(p.device.type == "cpu" for p in parameters),
     )

@@ -8,6 +8,7 @@ Units: lengths and budgets are tokens. `_B` sequences, `_L` padded length, `_T` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,24 +17,36 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+GROUP_COST = 1 / 32
+"""What running the model once more costs beside its tokens, as a share of the token budget."""
+
 Row = Sequence[int] | npt.NDArray[np.integer]
 
 
 def micro_batches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
     """Group row indices so that rows × longest row stays within the budget; a longer row goes alone.
 
-    Every row is in exactly one group. Longest rows come first, so what does not fit in memory fails at once. Ties keep
-    the order of the rows.
+    Every row is in exactly one group and groups are runs of the rows by length, longest first, so what does not fit in
+    memory fails at once. Ties keep the order of the rows. Among all such groupings it is the one that computes the
+    fewest tokens, padding included, a group itself counting as many as `GROUP_COST` of the budget: filling every group
+    to the brim would pad more, a group per length would run the model on too little at a time.
     """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    group_cost = tokens_per_microbatch * GROUP_COST
+    best = [0.0] + [math.inf] * len(order)  # by number of rows grouped, and where the last of these groups starts
+    starts = [0] * len(best)
+    for start, row in enumerate(order):
+        fitting = max(1, tokens_per_microbatch // max(1, lengths[row]))
+        for end in range(start + 1, min(start + fitting, len(order)) + 1):
+            cost = best[start] + group_cost + (end - start) * lengths[row]
+            if cost < best[end]:
+                best[end], starts[end] = cost, start
     groups: list[list[int]] = []
-    longest = 0
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * longest <= tokens_per_microbatch:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-            longest = lengths[row]
-    return groups
+    end = len(order)
+    while end:
+        groups.append(order[starts[end] : end])
+        end = starts[end]
+    return groups[::-1]
 
 
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:

@@ -8,37 +8,14 @@ dtype; `row_sums` then reads every logit once. Softmax in fp32, fp64 for fp64 mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from fire_data.head import Head, chunks, head_rows, only_weight
 from fire_data.rowsums import row_sums
 from fire_data.topk import candidates
-from fire_data.vocabulary import Vocabulary, mask_logits, require_rows
-
-Head = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class MatrixHead:
-    """A head that is a matrix and nothing else, so that logits can be written into memory that is used again.
-
-    On a CPU the system hands out new memory page by page, cleared: with small models that takes a fifth of the time.
-    """
-
-    matrix: torch.nn.Linear  # without bias
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.matrix(states)
-        return logits
-
-
-def is_plain(matrix: torch.nn.Module) -> bool:
-    """Whether logits are the states times the weight, and nothing wraps it: then the weight may lie elsewhere."""
-    wrapped = matrix._forward_hooks or matrix._forward_pre_hooks or "forward" in vars(matrix)
-    return type(matrix) is torch.nn.Linear and matrix.bias is None and not wrapped
+from fire_data.vocabulary import Vocabulary, require_rows
 
 
 def token_signals(
@@ -79,34 +56,6 @@ def model_signals(
     The same numbers as `token_signals` gives of that model, where dtypes agree. Arguments as there.
     """
     return _signals((hidden_TD,), (head,), ids_T, vocabulary, budget_bytes, 0, True)
-
-
-def token_logprobs(
-    hidden_TD: torch.Tensor, head: Head, ids: torch.Tensor, vocabulary: Vocabulary, budget_bytes: int
-) -> torch.Tensor:
-    """log p of the tokens `ids`, in nats, fp32 or better; differentiable in hidden states and head.
-
-    The logits of a chunk are recomputed in the backward pass instead of kept, so the budget holds in both.
-
-    Args:
-        ids: one id per position, [T], or several, [T, K], for which the head is applied no more often.
-
-    Returns:
-        The shape of `ids`.
-    """
-    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-    ids_TK = ids[:, None] if ids.ndim == 1 else ids
-
-    def logprobs(part_TD: torch.Tensor, part_ids_TK: torch.Tensor) -> torch.Tensor:
-        logits_TV = mask_logits(head(part_TD), vocabulary)
-        return logits_TV.gather(1, part_ids_TK) - logits_TV.logsumexp(1, keepdim=True)
-
-    parts = [
-        checkpoint(logprobs, hidden_TD[chunk], ids_TK[chunk], use_reentrant=False, preserve_rng_state=False)
-        for chunk in _chunks(len(ids_TK), _rows(head, hidden_TD) * dtype.itemsize, budget_bytes)
-    ]
-    logprob_TK = torch.cat(parts) if parts else hidden_TD.sum(1, keepdim=True).to(dtype).expand(ids_TK.shape)
-    return logprob_TK.reshape(ids.shape)
 
 
 def chunk_signals(
@@ -171,13 +120,13 @@ def _signals(
     dtype = torch.float32
     for hidden_TD in states:
         dtype = torch.promote_types(dtype, hidden_TD.dtype)
-    rows = max(_rows(head, hidden_TD) for head, hidden_TD in zip(heads, states, strict=True))
+    rows = max(head_rows(head, hidden_TD) for head, hidden_TD in zip(heads, states, strict=True))
     parts = []
     with torch.no_grad():
-        chunks = _chunks(len(ids_T), rows * dtype.itemsize, budget_bytes) or [slice(0, 0)]
-        most = max(chunk.stop - chunk.start for chunk in chunks)
+        slices = chunks(len(ids_T), rows * dtype.itemsize, budget_bytes) or [slice(0, 0)]
+        most = max(chunk.stop - chunk.start for chunk in slices)
         rooms = [_room(head, hidden_TD, most) for head, hidden_TD in zip(heads, states, strict=True)]
-        for chunk in chunks:
+        for chunk in slices:
             given = zip(heads, states, rooms, strict=True)
             logits = [_logits(head, hidden_TD[chunk], room_TV) for head, hidden_TD, room_TV in given]
             logits = [x_TV.to(logits[0].device) for x_TV in logits]
@@ -187,26 +136,18 @@ def _signals(
 
 
 def _room(head: Head, hidden_TD: torch.Tensor, positions: int) -> torch.Tensor | None:
-    """Memory for the logits of so many positions, for heads that can use it."""
-    if not isinstance(head, MatrixHead) or hidden_TD.device.type != "cpu":
+    """Memory for the logits of so many positions, to be used again, for heads that can write into it.
+
+    On a CPU the system hands out new memory page by page, cleared: with small models that takes a fifth of the time.
+    """
+    weight_VD = only_weight(head)
+    if weight_VD is None or hidden_TD.device.type != "cpu":
         return None
-    return hidden_TD.new_empty(positions, head.matrix.out_features)
+    return hidden_TD.new_empty(positions, len(weight_VD))
 
 
 def _logits(head: Head, hidden_TD: torch.Tensor, room_TV: torch.Tensor | None) -> torch.Tensor:
-    if room_TV is None or not isinstance(head, MatrixHead):
+    weight_VD = only_weight(head)
+    if room_TV is None or weight_VD is None:
         return head(hidden_TD)
-    return torch.mm(hidden_TD, head.matrix.weight.t(), out=room_TV[: len(hidden_TD)])
-
-
-def _rows(head: Head, hidden_TD: torch.Tensor) -> int:
-    """Output rows of a head, asked with no positions, which costs nothing."""
-    with torch.no_grad():
-        return int(head(hidden_TD[:0]).shape[-1])
-
-
-def _chunks(positions: int, bytes_per_position: int, budget_bytes: int) -> list[slice]:
-    """Slices of nearly equal length that each stay within the budget, or hold one position."""
-    most = max(1, budget_bytes // bytes_per_position)
-    number = -(-positions // most)
-    return [slice(positions * i // number, positions * (i + 1) // number) for i in range(number)]
+    return torch.mm(hidden_TD, weight_VD.t(), out=room_TV[: len(hidden_TD)])

@@ -12,28 +12,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fire_data.batch import StepBatch, topk_of
+from fire_data.fused_head import head_backward, token_logprobs
+from fire_data.head import Head
 from fire_data.loss import add_statistics, forward_kl_loss, ratio_statistics, surrogate_loss
 from fire_data.models import hidden_states
 from fire_data.optim import learning_rate
 from fire_data.packing import flatten, micro_batches, pad, response_index
 from fire_data.schemas.config import TrainConfig
-from fire_data.schemas.errors import ConfigError, DataError, TrainingError
-from fire_data.signals import token_logprobs
+from fire_data.schemas.errors import DataError, TrainingError
+from fire_data.trainmode import sparse_embedding_gradient, training_mode
 from fire_data.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Head = Callable[[Tensor], Tensor]
+Mask = npt.NDArray[np.bool_]
 
 EXACT_TOLERANCE = 1e-4
 """Mean |log r| in nats that two fp32 computations of the same logprobs stay below."""
@@ -54,13 +56,16 @@ def train_step(
 ) -> dict[str, Any]:
     """Do one optimizer step (or skip it, if no token is kept) and return its metrics.
 
-    Rows whose coefficients are all 0 (dropped by the filter) cannot contribute and do not go through the model.
+    Only tokens with a coefficient other than 0, of either stream, can contribute: the head is applied to these alone,
+    a row goes through the model up to the last of them, and rows without any (dropped by the filter) not at all.
 
     Metrics: `loss`, `grad_norm` (before clipping), `lr`, `tokens` (response tokens of the step), `kept_tokens`,
-    `skipped`, `seconds`, `tokens_per_second` (response tokens that went through the model); and over those tokens
-    `ratio_mean_abs` (mean |log r|, nats), `ratio_max`, `drift_kl` (nats per token, see `ratio_statistics`) and
-    `clip_fraction` (of the tokens with a coefficient). With a forward-KL term `loss` includes it and `fkl_loss` is that
-    term. A skipped step has None for all that was not computed.
+    `trained_tokens` (those with a coefficient), `skipped`, `seconds`, `tokens_per_second` (response tokens of the rows
+    with any); and over the trained tokens `ratio_mean_abs` (mean |log r|, nats), `ratio_max`, `drift_kl` (nats per
+    token, see `ratio_statistics`) and `clip_fraction` (of those of the first stream). The other tokens are not looked
+    at, so these four compare the steps of one run, and runs whose rules mask the same share of tokens. With a
+    forward-KL term `loss` includes it and `fkl_loss` is that term. A skipped step has None for all that was not
+    computed; a step without a trained token has 0 in the four.
 
     Raises:
         DataError: a candidate of the teacher's top-k is no id the student can learn (see `topk_of`).
@@ -73,6 +78,7 @@ def train_step(
     metrics = {"lr": lr, "tokens": sum(map(len, batch.response_ids)), "kept_tokens": batch.kept_tokens}
     second = ("fkl_loss",) if batch.fkl_coefficient is not None else ()
     if not batch.kept_tokens:
+        metrics["trained_tokens"] = 0
         names = ("loss", "grad_norm", "ratio_mean_abs", "ratio_max", "drift_kl", "clip_fraction", "tokens_per_second")
         skipped = dict.fromkeys((*names, *second))
         return metrics | skipped | {"skipped": True, "seconds": time.perf_counter() - started}
@@ -93,7 +99,9 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     tokens = statistics["tokens"]
+    through = sum(len(r) for i, r in enumerate(batch.response_ids) if batch.active(i).any())
     return metrics | {
+        "trained_tokens": int(tokens),
         "loss": loss,
         **dict.fromkeys(second, fkl_loss),
         "grad_norm": norm,
@@ -103,7 +111,7 @@ def train_step(
         "clip_fraction": statistics["clipped"] / max(statistics["active"], 1),
         "skipped": False,
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": through / seconds,
     }
 
 
@@ -138,12 +146,14 @@ def ratio_check(
     """
     rows = _first_rows(batch, max_tokens)
     now: dict[int, Tensor] = {}
-    with torch.no_grad(), _training_mode(model, checkpointing=False):
+    device, budget = next(model.parameters()).device, cfg.logits_budget_mb * 2**20
+    with torch.no_grad(), training_mode(model, checkpointing=False), _autocast(device, cfg):
         for group in micro_batches([_length(batch, i) for i in rows], cfg.tokens_per_microbatch):
-            members = [rows[i] for i in group]
-            lengths = [len(batch.response_ids[i]) for i in members]
-            logprob_T, _ = _logprobs(model, head, batch, members, cfg, vocabulary)
-            now |= dict(zip(members, torch.split(logprob_T.cpu().double(), lengths), strict=True))
+            chosen = {rows[i]: np.ones(len(batch.response_ids[rows[i]]), dtype=np.bool_) for i in group}
+            ids_T = np.concatenate([batch.response_ids[i] for i in chosen]).astype(np.int64)
+            hidden_TD, wanted_T = _hidden(model, batch, chosen), torch.from_numpy(ids_T).to(device)
+            logprob_T = token_logprobs(hidden_TD, head, wanted_T, vocabulary, budget).cpu().double()
+            now |= dict(zip(chosen, torch.split(logprob_T, [len(c) for c in chosen.values()]), strict=True))
     old = {i: torch.as_tensor(np.asarray(batch.old_logprob[i], dtype=np.float64)) for i in rows}
     direct = _mean([(now[i] - old[i]).abs() for i in rows])
     shifts = [  # per direction: shifted and unshifted over the same tokens
@@ -180,70 +190,99 @@ def ratio_tolerance(cfg: TrainConfig, *dtypes: str) -> float:
     return ROUNDED_TOLERANCE if rounded else EXACT_TOLERANCE
 
 
+class _Tokens(NamedTuple):
+    """What the loss needs of some tokens, packed. The last two belong to the forward-KL stream, if it is there."""
+
+    ids_TK: Tensor
+    old_T: Tensor
+    coefficient_T: Tensor
+    teacher_TK: Tensor | None
+    fkl_T: Tensor | None
+
+
 def _accumulate(
     model: PreTrainedModel, head: Head, batch: StepBatch, cfg: TrainConfig, vocabulary: Vocabulary
 ) -> tuple[float, float, dict[str, float]]:
     """Leave the step's gradient in `.grad`; return its loss, the forward-KL part of it, and the ratio statistics."""
     rows = _contributing_rows(batch)
+    active = {i: batch.active(i) for i in rows}
     losses: list[Tensor] = []
     fkl_losses: list[Tensor] = []
     statistics: list[dict[str, Tensor]] = []
-    with _training_mode(model, checkpointing=cfg.gradient_checkpointing):
-        for group in micro_batches([_length(batch, i) for i in rows], cfg.tokens_per_microbatch):
-            members = [rows[i] for i in group]
-            topk = topk_of(batch, members, vocabulary)
-            candidates_TK = None if topk is None else torch.from_numpy(topk.ids_TK)
-            now_T, now_TK = _logprobs(model, head, batch, members, cfg, vocabulary, candidates_TK)
-            old_T = flatten([batch.old_logprob[i] for i in members], now_T.dtype).to(now_T.device)
-            coefficient_T = flatten([batch.coefficient[i] for i in members], now_T.dtype).to(now_T.device)
-            loss = surrogate_loss(now_T, old_T, coefficient_T, cfg.clip, dual_clip=cfg.dual_clip)
-            if topk is not None:
-                teacher_TK, fkl_T = (
-                    torch.from_numpy(x).to(now_TK.dtype).to(now_TK.device)
-                    for x in (topk.logprob_TK, topk.coefficient_T)
-                )
-                fkl_loss = forward_kl_loss(now_TK, teacher_TK, fkl_T, renormalise=bool(batch.fkl_renormalise))
-                fkl_losses.append(fkl_loss.detach())
-                loss = loss + fkl_loss
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            statistics.append(ratio_statistics(now_T, old_T, coefficient_T, cfg.clip))
+    device, budget = next(model.parameters()).device, cfg.logits_budget_mb * 2**20
+    lengths = [_needed(batch, i, active[i]) for i in rows]
+    with training_mode(model, checkpointing=cfg.gradient_checkpointing), sparse_embedding_gradient(model):
+        for group in micro_batches(lengths, cfg.tokens_per_microbatch):
+            chosen = {rows[i]: active[rows[i]] for i in group}
+            with _autocast(device, cfg):
+                hidden_TD = _hidden(model, batch, chosen)
+            tokens = _tokens(batch, chosen, vocabulary, device, cfg)
+
+            def loss(chunk: slice, now_TK: Tensor, tokens: _Tokens = tokens) -> Tensor:
+                old_T, coefficient_T = tokens.old_T[chunk], tokens.coefficient_T[chunk]
+                total = surrogate_loss(now_TK[:, 0], old_T, coefficient_T, cfg.clip, dual_clip=cfg.dual_clip)
+                if tokens.teacher_TK is not None and tokens.fkl_T is not None:
+                    now_TK, teacher_TK, fkl_T = now_TK[:, 1:], tokens.teacher_TK[chunk], tokens.fkl_T[chunk]
+                    fkl = forward_kl_loss(now_TK, teacher_TK, fkl_T, renormalise=bool(batch.fkl_renormalise))
+                    fkl_losses.append(fkl.detach())
+                    total = total + fkl
+                losses.append(total.detach())
+                return total
+
+            with _autocast(device, cfg):
+                now_TK, gradient_TD = head_backward(hidden_TD, head, tokens.ids_TK, loss, vocabulary, budget)
+            torch.autograd.backward(hidden_TD, gradient_TD)
+            statistics.append(ratio_statistics(now_TK[:, 0], tokens.old_T, tokens.coefficient_T, cfg.clip))
     return _total(losses), _total(fkl_losses), add_statistics(statistics)
 
 
-def _logprobs(
-    model: PreTrainedModel,
-    head: Head,
-    batch: StepBatch,
-    rows: list[int],
-    cfg: TrainConfig,
-    vocabulary: Vocabulary,
-    candidates_TK: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Logprob of every response token of these rows, packed row by row, and of the candidates in its place, [T, K].
+def _hidden(model: PreTrainedModel, batch: StepBatch, chosen: dict[int, Mask]) -> Tensor:
+    """The hidden states that predict the chosen response tokens of some rows, packed row by row, [T, D].
 
-    The head sees response positions only, each once. Without candidates K is 0.
+    Each row goes through the model up to the last state that is needed: what comes later cannot be seen from there.
     """
+    rows = [
+        np.concatenate([batch.prompt_ids[i], batch.response_ids[i]])[: _needed(batch, i, c)] for i, c in chosen.items()
+    ]
+    ids_BL, mask_BL = pad(rows)
+    row_T, position_T = response_index([len(batch.prompt_ids[i]) for i in chosen], [len(c) for c in chosen.values()])
+    chosen_T = torch.from_numpy(np.concatenate(list(chosen.values())))
     device = next(model.parameters()).device
-    prompts, responses = [batch.prompt_ids[i] for i in rows], [batch.response_ids[i] for i in rows]
-    ids_BL, mask_BL = pad([np.concatenate([p, r]) for p, r in zip(prompts, responses, strict=True)])
-    row_T, position_T = response_index([len(p) for p in prompts], [len(r) for r in responses])
-    wanted_TK = ids_BL[row_T, position_T + 1][:, None]
-    if candidates_TK is not None:
-        wanted_TK = torch.cat([wanted_TK, candidates_TK], 1)
-    ids_BL, mask_BL, row_T, position_T, wanted_TK = (
-        x.to(device) for x in (ids_BL, mask_BL, row_T, position_T, wanted_TK)
+    hidden_BLD = hidden_states(model, ids_BL.to(device), mask_BL.to(device))
+    return hidden_BLD[row_T[chosen_T].to(device), position_T[chosen_T].to(device)]
+
+
+def _tokens(
+    batch: StepBatch, chosen: dict[int, Mask], vocabulary: Vocabulary, device: torch.device, cfg: TrainConfig
+) -> _Tokens:
+    """The chosen tokens of some rows in the order of `_hidden`; candidates only if one of them has a coefficient."""
+    dtype = torch.float64 if cfg.compute_dtype == "float64" else torch.float32
+    masks, chosen_T = list(chosen.values()), np.concatenate(list(chosen.values()))
+    ids, old, coefficient = (
+        [np.asarray(column[i])[c] for i, c in zip(chosen, masks, strict=True)]
+        for column in (batch.response_ids, batch.old_logprob, batch.coefficient)
     )
-    with _autocast(device, cfg):
-        hidden_TD = hidden_states(model, ids_BL, mask_BL)[row_T, position_T]
-        logprob_TK = token_logprobs(hidden_TD, head, wanted_TK, vocabulary, cfg.logits_budget_mb * 2**20)
-    return logprob_TK[:, 0], logprob_TK[:, 1:]
+    ids_TK = torch.from_numpy(np.concatenate(ids).astype(np.int64))[:, None]
+    topk = topk_of(batch, list(chosen), vocabulary)
+    teacher_TK = fkl_T = None
+    if topk is not None:
+        ids_TK = torch.cat([ids_TK, torch.from_numpy(topk.ids_TK[chosen_T])], 1)
+        teacher_TK = torch.from_numpy(topk.logprob_TK[chosen_T]).to(dtype).to(device)
+        fkl_T = torch.from_numpy(topk.coefficient_T[chosen_T]).to(dtype).to(device)
+    old_T, coefficient_T = flatten(old, dtype).to(device), flatten(coefficient, dtype).to(device)
+    return _Tokens(ids_TK.to(device), old_T, coefficient_T, teacher_TK, fkl_T)
 
 
 def _contributing_rows(batch: StepBatch) -> list[int]:
     """Rows with a coefficient other than 0; if there are none, the shortest, so that the gradient exists and is 0."""
     filled = [i for i, r in enumerate(batch.response_ids) if len(r)]
-    return [i for i in filled if batch.contributes(i)] or [min(filled, key=lambda i: _length(batch, i))]
+    return [i for i in filled if batch.active(i).any()] or [min(filled, key=lambda i: _length(batch, i))]
+
+
+def _needed(batch: StepBatch, row: int, chosen_T: Mask) -> int:
+    """Tokens of the row up to the hidden state that predicts the last chosen token of its response."""
+    places = np.flatnonzero(chosen_T)
+    return len(batch.prompt_ids[row]) + (int(places[-1]) if len(places) else 0)
 
 
 def _first_rows(batch: StepBatch, max_tokens: int) -> list[int]:
@@ -290,44 +329,3 @@ def _require_master_dtype(model: PreTrainedModel, cfg: TrainConfig) -> None:
     if found:
         text = f"master weights are {', '.join(map(str, found))}; training with {cfg.compute_dtype} needs {wanted}"
         raise TrainingError(text, fix=f"load the model in {wanted}")
-
-
-@contextmanager
-def _training_mode(model: PreTrainedModel, *, checkpointing: bool) -> Iterator[None]:
-    """Evaluation mode, hence no dropout; with `checkpointing` only the modules that recompute are in training mode.
-
-    transformers recomputes activations only in modules that are in training mode. Some of them also apply dropout
-    themselves, with a probability read from an attribute or the configuration: those are 0 until the end of the block.
-    """
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()  # type: ignore[no-untyped-call]
-    changed: list[tuple[object, str, float]] = []
-    try:
-        if checkpointing:
-            recomputed = _checkpointed_modules(model)
-            configs = [m.config for m in (model, *recomputed) if hasattr(m, "config")]
-            for owner in (*recomputed, *configs):
-                for name, value in list(vars(owner).items()):
-                    if "drop" in name and isinstance(value, float) and value:
-                        changed.append((owner, name, value))
-                        setattr(owner, name, 0.0)
-            for module in recomputed:
-                module.training = True
-        yield
-    finally:
-        for holder, name, value in changed:
-            setattr(holder, name, value)
-        for each, training in was_training.items():
-            each.training = training
-
-
-def _checkpointed_modules(model: PreTrainedModel) -> list[nn.Module]:
-    modules = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    if modules:
-        return modules
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ConfigError(str(error), where="train.gradient_checkpointing", fix="set it to false") from None
-    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]

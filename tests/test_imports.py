@@ -20,10 +20,10 @@ HEAVY = ("torch", "polars", "transformers", "pyarrow", "numpy", "vllm", "ray", "
 LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
-        "schedule", "sampling", "frames", "vocabulary", "signals", "rowsums", "topk", "loss", "packing", "batch",
-        "coefficient", "prepare", "summary", "teachers", "weighing", "rules", "rules.base", "rules.tokens",
-        "rules.statistics", "rules.evaluate", "rules.compose", "rules.own", "rules.fire", "rules.controls",
-        "rules.repairs", "rules.filters",
+        "schedule", "sampling", "frames", "vocabulary", "head", "signals", "rowsums", "topk", "fused_head", "loss",
+        "packing", "batch", "coefficient", "prepare", "summary", "teachers", "weighing", "rules", "rules.base",
+        "rules.tokens", "rules.statistics", "rules.evaluate", "rules.compose", "rules.own", "rules.fire",
+        "rules.controls", "rules.repairs", "rules.filters",
         "rules.weights", "rules.masks",
         "rules.advantages", "rules.candidates", "rules.topk", "rules.forward_kl", "rules.expression",
         "verify.answers", "verify.choice", "verify.estimates", "verify.bootstrap", "verify.program", "pyfile",
@@ -35,12 +35,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "storage and engines": (
         "partial",
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
-        "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "training", "trainstate", "stream",
-        "kept", "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe", "http_engine",
-        "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster", "ray_engine", "outside",
-        "session", "hub", "hub.layout", "hub.redact", "hub.client", "hub.card", "hub.flat", "hub.checkpoint",
-        "hub.push", "hub.pull", "hub.start", "verify", "verify.pool", "verify.worker", "verify.maths", "verify.sandbox",
-        "standing",
+        "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "trainmode", "training", "trainstate",
+        "stream", "kept", "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe",
+        "http_engine", "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster",
+        "ray_engine", "outside", "session", "hub", "hub.layout", "hub.redact", "hub.client", "hub.card", "hub.flat",
+        "hub.checkpoint", "hub.push", "hub.pull", "hub.start", "verify", "verify.pool", "verify.worker", "verify.maths",
+        "verify.sandbox", "standing",
     ),
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fire_data import rowsums
-from fire_data.signals import MatrixHead, chunk_signals, model_signals, token_signals
+from fire_data.head import LinearHead
+from fire_data.signals import chunk_signals, model_signals, token_signals
 from fire_data.vocabulary import Vocabulary
 
 torch.set_num_threads(1)
@@ -190,7 +191,7 @@ def test_a_rank_is_exact_for_a_token_from_any_place_of_the_vocabulary() -> None:
 def test_logits_in_memory_that_is_used_again_give_the_same_signals(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     states = [torch.randn(23, d, generator=generator).to(dtype) for d in (16, 24)]
-    heads = [MatrixHead(torch.nn.Linear(d, n, bias=False, dtype=dtype)) for d, n in ((16, 700), (24, 650))]
+    heads = [LinearHead(torch.nn.Linear(d, n, bias=False, dtype=dtype)) for d, n in ((16, 700), (24, 650))]
     ids_T, voc = torch.arange(23) * 28, everything(640)
     for budget in (1, 5 * 700 * 8, 1 << 30):  # chunks of one, of a few with a shorter last one, and all at once
         ours = token_signals(states[0], heads[0], states[1], heads[1], ids_T, voc, budget, k=3)

@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_iter
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from fire_data import scoring
+from fire_data.fused_head import token_logprobs
 from fire_data.models import head_of
 from fire_data.schemas.errors import DataError, TokenizerError
 from fire_data.schemas.tables import FLOAT_SIGNALS, FLOATS, IDS, SIGNALS, SUMMARIES
 from fire_data.scoring import TransformersScorer, summarise
-from fire_data.signals import chunk_signals, token_logprobs, token_signals
+from fire_data.signals import chunk_signals, token_signals
 from fire_data.vocabulary import Vocabulary
 
 torch.set_num_threads(1)

@@ -125,4 +125,4 @@ def epilog(command: str) -> str:
     examples = EXAMPLES[command]
     column = max((len(line) for line, why in examples if why), default=0)
     lines = (f"{line:<{column}}  # {why}" if why else line for line, why in examples)
-    return "\n".join(["Examples:", "", *lines])
+    return "\n".join(["Examples:", *lines])

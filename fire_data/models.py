@@ -49,12 +49,17 @@ def load_tokenizer(cfg: ModelConfig, base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> PreTrainedModel:
+def load_model(
+    cfg: ModelConfig, base: Path, *, dtype: str | None = None, attention: str | None = None
+) -> PreTrainedModel:
     """The model in eval mode on `cfg.device`, weights from safetensors in `dtype` (default: `cfg.dtype`).
+
+    Args:
+        attention: transformers' name of an attention implementation; None: the model's own default.
 
     Raises:
         DataError: files are missing or damaged, the architecture is unknown, or weights are missing in the files.
-        ConfigError: the device does not exist here.
+        ConfigError: the device does not exist here, or the attention implementation is not installed.
         EngineError: the model does not fit on the device.
     """
     import torch
@@ -74,6 +79,7 @@ def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> Pre
             use_safetensors=True,
             trust_remote_code=cfg.trust_remote_code,
             output_loading_info=True,
+            **({"attn_implementation": attention} if attention else {}),
         )
         missing = sorted(info["missing_keys"])
         if missing:
@@ -83,6 +89,11 @@ def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> Pre
     except torch.OutOfMemoryError as error:
         fix = "use another device, or a smaller dtype"
         raise EngineError(f"the model does not fit: {_line(error)}", where=f"{folder} on {device}", fix=fix) from None
+    except ImportError as error:
+        if attention is None:
+            raise
+        text = f"attention {attention} cannot be used here: {_line(error)}"
+        raise ConfigError(text, fix="install its package, or --set train.attention=sdpa") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"the model cannot be loaded: {_line(error)}", where=str(folder), fix=_COPY) from None
     return placed
@@ -204,7 +215,7 @@ def hidden_states(model: PreTrainedModel, ids_BL: torch.Tensor, mask_BL: torch.T
     Right padding comes after every real token of a causal model and cannot be seen by it, so no mask is passed then
     and attention takes its fastest path. Otherwise positions count real tokens only.
     """
-    body = _body(model)
+    body = body_of(model)
     extra: dict[str, torch.Tensor] = {}
     mask_BL = mask_BL.to(ids_BL.device).long()
     if bool((mask_BL.diff(dim=1) > 0).any()):
@@ -257,7 +268,7 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
         return output
 
     ids_BL = torch.arange(3, device=model.device)[None]
-    hook = _body(model).register_forward_hook(enlarge)
+    hook = body_of(model).register_forward_hook(enlarge)
     try:
         with torch.no_grad():
             expected = model(input_ids=ids_BL, use_cache=False).logits
@@ -279,7 +290,7 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
         raise EngineError(text, fix=fix)
 
 
-def _body(model: PreTrainedModel) -> Any:
+def body_of(model: PreTrainedModel) -> Any:
     """The text model below the head: of a multimodal model its language part."""
     body = cast(Any, model).get_decoder()
     if body is None or body is model:

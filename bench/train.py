@@ -3,12 +3,12 @@
 `trl`: an update of TRL 1.16 on the same completions, its own rollouts replaced by ours, with a teacher of the student's
 size unless told otherwise: teacher and both heads run in its step, ours reads one number per token. Both in the same
 precision, with or without recomputation. Left out where TRL cannot be imported. `step`: the same loss written plainly,
-with logits of all positions and the same micro-batches; loss and gradient norm must agree. `half`: ours with half of
+with logits of all positions and the same micro-batches, and ours with packed rows (`train.packing: on`, attention of
+the model's default) or recomputed activations; loss and gradient norm must agree. `half`: ours with half of
 the coefficients 0 against ours with all; `head half`: the same for the head alone, all positions in one chunk. `head`:
 the head alone against its three matrix products without anything else, and against autograd with recomputation.
-`packing`: rows one after the other against padded rows (`train.packing: on` and `off`), with the model's default
-attention. `checkpointing`: with recomputed activations against kept ones; read its memory. `flat`: `fire train` from
-loading to export over many shards against a tenth of them, tiny model and fake scores; its memory must be the same.
+`flat`: `fire train` from loading to export over many shards against a tenth of them, tiny model and fake scores; its
+memory must be the same.
 Lengths are lognormal. Response tokens per second, those without coefficient included.
 """
 
@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,19 +65,17 @@ SIZES: measure.Sizes = {
     "trl_rows": (4, 2, "TRL's per_device_train_batch_size; the rest of the step is accumulated"),
     "checkpointing": (0, 0, "1: recompute activations, in ours, plain and TRL"),
     "vocabulary": (151936, 256, "vocabulary size"),
-    "shards": (100, 20, "`flat`: shards of the longer run; the other has a tenth"),
+    "shards": (100, 10, "`flat`: shards of the longer run; the other has a tenth"),
     "shard_rows": (32, 2, "`flat`: trajectories of a shard, and of a step"),
     "compute_dtype": ("float32", "float32", "float32 or bfloat16, of ours and TRL; plain stays in float32"),
     "device": ("cpu", "cpu", "cpu or cuda"),
 }
 GROUPS = {
     "trl": ["fire", "trl"],
-    "step": ["fire", "plain"],
+    "step": ["fire", "packed", "recomputed", "plain"],
     "half": ["half", "all"],
     "head half": ["half", "all"],
     "head": ["fire", "products", "autograd"],
-    "packing": ["on", "off"],
-    "checkpointing": ["recomputed", "kept"],
     "flat": ["many", "few"],
 }
 
@@ -89,11 +88,8 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     batch = make_batch(options, share=0.5 if case == "half" else 1.0)
     if group in ("head", "head half"):
         return head_alone(case, batch, options)
-    if group == "packing":
-        return fire(batch, options, packing=case)
-    if group == "checkpointing":
-        return fire(batch, options, gradient_checkpointing=case == "recomputed")
-    work = {"trl": trl, "plain": plain}.get(case, fire)(batch, options)
+    changes = {"packed": {"packing": "on"}, "recomputed": {"gradient_checkpointing": True}}.get(case, {})
+    work = {"trl": trl, "plain": plain}.get(case, partial(fire, **changes))(batch, options)
     return work if group == "step" else lambda: measure.Done(work().tokens)  # others compute something else on purpose
 
 

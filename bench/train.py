@@ -1,21 +1,29 @@
-"""Training: one optimizer step against TRL's `DistillationTrainer`, plain full logits, and bare matrix products.
+"""Training: one optimizer step against TRL's `DistillationTrainer`, plain full logits, bare products; memory of runs.
 
 `trl`: an update of TRL 1.16 on the same completions, its own rollouts replaced by ours, with a teacher of the student's
 size unless told otherwise: teacher and both heads run in its step, ours reads one number per token. Both in the same
 precision, with or without recomputation. Left out where TRL cannot be imported. `step`: the same loss written plainly,
-with logits of all positions and the same micro-batches; loss and gradient norm must agree. `half`: ours with half of
+with logits of all positions and the same micro-batches, and ours with packed rows (`train.packing: on`, attention of
+the model's default) or recomputed activations; loss and gradient norm must agree. `half`: ours with half of
 the coefficients 0 against ours with all; `head half`: the same for the head alone, all positions in one chunk. `head`:
 the head alone against its three matrix products without anything else, and against autograd with recomputation.
+`flat`: `fire train` from loading to export over many shards against a tenth of them, tiny model and fake scores; its
+memory must be the same.
 Lengths are lognormal. Response tokens per second, those without coefficient included.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.util
+import json
+import multiprocessing
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +32,22 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from fire_data.create import init_run
+from fire_data.demo.world import Sizes, make_tokenizer, new_model, save
 from fire_data.fused_head import head_backward, token_logprobs
 from fire_data.head import LinearHead
 from fire_data.loss import surrogate_loss
 from fire_data.models import head_of
 from fire_data.optim import make_optimizer
 from fire_data.packing import flatten, micro_batches, pad, response_index
+from fire_data.run import open_run
 from fire_data.schemas.config import TrainConfig
+from fire_data.session import Session
+from fire_data.shards import sealed
+from fire_data.steps.rollout import rollout
+from fire_data.steps.score import score
+from fire_data.steps.train import train
+from fire_data.steps.weigh import weigh
 from fire_data.training import StepBatch, train_step
 from fire_data.vocabulary import Vocabulary
 
@@ -48,25 +65,31 @@ SIZES: measure.Sizes = {
     "trl_rows": (4, 2, "TRL's per_device_train_batch_size; the rest of the step is accumulated"),
     "checkpointing": (0, 0, "1: recompute activations, in ours, plain and TRL"),
     "vocabulary": (151936, 256, "vocabulary size"),
+    "shards": (100, 10, "`flat`: shards of the longer run; the other has a tenth"),
+    "shard_rows": (32, 2, "`flat`: trajectories of a shard, and of a step"),
     "compute_dtype": ("float32", "float32", "float32 or bfloat16, of ours and TRL; plain stays in float32"),
     "device": ("cpu", "cpu", "cpu or cuda"),
 }
 GROUPS = {
     "trl": ["fire", "trl"],
-    "step": ["fire", "plain"],
+    "step": ["fire", "packed", "recomputed", "plain"],
     "half": ["half", "all"],
     "head half": ["half", "all"],
     "head": ["fire", "products", "autograd"],
+    "flat": ["many", "few"],
 }
 
 
 def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     """A random model and a step of rows of mixed length."""
     torch.set_num_threads(options.threads)
+    if group == "flat":
+        return whole_runs(options.shards if case == "many" else options.shards // 10, options)
     batch = make_batch(options, share=0.5 if case == "half" else 1.0)
     if group in ("head", "head half"):
         return head_alone(case, batch, options)
-    work = {"trl": trl, "plain": plain}.get(case, fire)(batch, options)
+    changes = {"packed": {"packing": "on"}, "recomputed": {"gradient_checkpointing": True}}.get(case, {})
+    work = {"trl": trl, "plain": plain}.get(case, partial(fire, **changes))(batch, options)
     return work if group == "step" else lambda: measure.Done(work().tokens)  # others compute something else on purpose
 
 
@@ -104,9 +127,10 @@ def settings(options: argparse.Namespace) -> tuple[TrainConfig, Vocabulary]:
     return cfg, Vocabulary(options.vocabulary, np.ones(options.vocabulary, dtype=np.bool_))
 
 
-def fire(batch: StepBatch, options: argparse.Namespace) -> measure.Work:
+def fire(batch: StepBatch, options: argparse.Namespace, **changes: Any) -> measure.Work:
     """Ours."""
     model, (cfg, vocabulary) = make_model(options, options.hidden, options.layers), settings(options)
+    cfg = cfg.model_copy(update=changes)
     optimizer, head = make_optimizer(model, cfg), head_of(model)
 
     def work() -> measure.Done:
@@ -246,6 +270,44 @@ def head_alone(case: str, batch: StepBatch, options: argparse.Namespace) -> meas
         return measure.Done(len(ids_T))
 
     return work
+
+
+def whole_runs(shards: int, options: argparse.Namespace) -> measure.Work:
+    """`fire train` on a run of so many shards, again and again, each time from the given student."""
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root)
+    # Another process makes the run, so that memory it gave back does not hide what training takes.
+    maker = multiprocessing.get_context("spawn").Process(target=make_run, args=(root, shards, options))
+    maker.start()
+    maker.join()
+    assert maker.exitcode == 0
+    session = Session(open_run(root / "run"))
+    tokens = sum(receipt.tokens for receipt in sealed(session.run.part("weights", 0)).shards)
+
+    def work() -> measure.Done:
+        train(session, 0, redo=True)
+        return measure.Done(tokens)
+
+    return work
+
+
+def make_run(root: Path, shards: int, options: argparse.Namespace) -> None:
+    """A run up to its weights: an untrained model that is its own teacher, rollouts and scores from the fake engine."""
+    tokenizer = make_tokenizer()
+    save(new_model(tokenizer, Sizes(), seed=0), tokenizer, root / "model")
+    prompts = ({"prompt_id": str(i), "prompt": str(i)} for i in range(shards * options.shard_rows))
+    (root / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    model = {"model": str(root / "model")}
+    made = {"engine": "fake", "n": 1, "prompts_per_shard": options.shard_rows, "max_new_tokens": options.new}
+    trained = {"batch_size": options.shard_rows, "tokens_per_microbatch": options.microbatch, "ratio_tolerance": 100}
+    run = init_run(root / "run", {
+        "threads": options.threads, "student": model, "teacher": model, "prompts": {"path": "../prompts.jsonl"},
+        "rollout": made, "score": {"engine": "fake"}, "train": trained,
+    })  # fmt: skip
+    session = Session(run)
+    rollout(session, 0)
+    score(session, 0)
+    weigh(run, 0)
 
 
 if __name__ == "__main__":

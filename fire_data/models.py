@@ -204,7 +204,7 @@ def hidden_states(model: PreTrainedModel, ids_BL: torch.Tensor, mask_BL: torch.T
     Right padding comes after every real token of a causal model and cannot be seen by it, so no mask is passed then
     and attention takes its fastest path. Otherwise positions count real tokens only.
     """
-    body = _body(model)
+    body = body_of(model)
     extra: dict[str, torch.Tensor] = {}
     mask_BL = mask_BL.to(ids_BL.device).long()
     if bool((mask_BL.diff(dim=1) > 0).any()):
@@ -257,7 +257,7 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
         return output
 
     ids_BL = torch.arange(3, device=model.device)[None]
-    hook = _body(model).register_forward_hook(enlarge)
+    hook = body_of(model).register_forward_hook(enlarge)
     try:
         with torch.no_grad():
             expected = model(input_ids=ids_BL, use_cache=False).logits
@@ -279,7 +279,7 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
         raise EngineError(text, fix=fix)
 
 
-def _body(model: PreTrainedModel) -> Any:
+def body_of(model: PreTrainedModel) -> Any:
     """The text model below the head: of a multimodal model its language part."""
     body = cast(Any, model).get_decoder()
     if body is None or body is model:

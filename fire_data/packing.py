@@ -1,13 +1,14 @@
-"""Which rows go through the model together, how they are padded, and where their response tokens are predicted.
+"""Which rows go through the model together, how they are padded or packed, and where responses are predicted.
 
-Scores belong to tokens and the loss is a sum over them, so grouping is free: rows of similar length go together and
-little is padded. Grouping depends only on the lengths and the budget, never on time or memory, so a step can be
-repeated exactly.
-Units: lengths and budgets are tokens. `_B` sequences, `_L` padded length, `_T` response tokens, packed.
+Scores belong to tokens and the loss is a sum over them, so grouping is free. Padded rows go together by length, so
+little is padded; packed rows, one after the other without padding, so that few groups are needed and all are of similar
+size. Grouping depends only on the lengths and the budget, never on time or memory, so a step can be repeated exactly.
+Units: lengths and budgets are tokens. `_B` sequences, `_L` padded or packed length, `_T` response tokens, packed.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -47,6 +48,33 @@ def micro_batches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[li
         groups.append(order[starts[end] : end])
         end = starts[end]
     return groups[::-1]
+
+
+def packed_batches(lengths: Sequence[int], tokens_per_microbatch: int) -> list[list[int]]:
+    """Group row indices so that the tokens of a group stay within the budget; a longer row goes alone.
+
+    Every row is in exactly one group. Rows go, longest first, to the group with the fewest tokens, of as many groups as
+    all tokens need, and to a new one where that would be too much.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = [[] for _ in range(max(1, -(-sum(lengths) // tokens_per_microbatch)))]
+    smallest = [(0, number) for number in range(len(groups))]  # a heap of (tokens, group)
+    for row in order:
+        tokens, number = smallest[0]
+        if tokens and tokens + lengths[row] > tokens_per_microbatch:
+            groups.append([row])
+            heapq.heappush(smallest, (lengths[row], len(groups) - 1))
+        else:
+            groups[number].append(row)
+            heapq.heapreplace(smallest, (tokens + lengths[row], number))
+    return [group for group in groups if group]
+
+
+def lay(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Rows of ids one after the other as `ids_BL` int64, with positions that start anew in every row: both [1, L]."""
+    ids_L = _join([np.asarray(row) for row in rows], np.int64)
+    position_L = _join([np.arange(len(row)) for row in rows], np.int64)
+    return torch.from_numpy(ids_L)[None], torch.from_numpy(position_L)[None]
 
 
 def pad(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """One optimizer step on frozen coefficients, and the check that data and model belong together before the first one.
 
 The trainer knows no rule: a step is rows of ids with one old logprob and one coefficient per response token, for some
-rules a second coefficient with the teacher's top-k, and the loss is a plain sum. So micro-batches, their order and
-their padding cannot change the step. Master weights are fp32 (fp64 when asked), lower precision is autocast. Dropout is
-off: the policy that is trained is the one that was sampled.
+rules a second coefficient with the teacher's top-k, and the loss is a plain sum. So micro-batches, their order, their
+padding or packing cannot change the step. Master weights are fp32 (fp64 when asked), lower precision is autocast.
+Dropout is off: the policy that is trained is the one that was sampled.
 Units: logprobs are nats, budgets padded tokens. `_B` sequences, `_L` padded length, `_T` packed response tokens, `_K`
 top-k, `_D` hidden.
 """
@@ -26,7 +26,8 @@ from fire_data.head import Head
 from fire_data.loss import add_statistics, forward_kl_loss, ratio_statistics, surrogate_loss
 from fire_data.models import hidden_states
 from fire_data.optim import learning_rate
-from fire_data.packing import flatten, micro_batches, pad, response_index
+from fire_data.packed import packed_states, packs
+from fire_data.packing import flatten, micro_batches, packed_batches, pad, response_index
 from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import DataError, TrainingError
 from fire_data.trainmode import sparse_embedding_gradient, training_mode
@@ -148,10 +149,11 @@ def ratio_check(
     now: dict[int, Tensor] = {}
     device, budget = next(model.parameters()).device, cfg.logits_budget_mb * 2**20
     with torch.no_grad(), training_mode(model, checkpointing=False), _autocast(device, cfg):
-        for group in micro_batches([_length(batch, i) for i in rows], cfg.tokens_per_microbatch):
+        packed = packs(model, cfg.packing)
+        for group in _groups([_length(batch, i) for i in rows], cfg, packed):
             chosen = {rows[i]: np.ones(len(batch.response_ids[rows[i]]), dtype=np.bool_) for i in group}
             ids_T = np.concatenate([batch.response_ids[i] for i in chosen]).astype(np.int64)
-            hidden_TD, wanted_T = _hidden(model, batch, chosen), torch.from_numpy(ids_T).to(device)
+            hidden_TD, wanted_T = _hidden(model, batch, chosen, packed), torch.from_numpy(ids_T).to(device)
             logprob_T = token_logprobs(hidden_TD, head, wanted_T, vocabulary, budget).cpu().double()
             now |= dict(zip(chosen, torch.split(logprob_T, [len(c) for c in chosen.values()]), strict=True))
     old = {i: torch.as_tensor(np.asarray(batch.old_logprob[i], dtype=np.float64)) for i in rows}
@@ -190,6 +192,12 @@ def ratio_tolerance(cfg: TrainConfig, *dtypes: str) -> float:
     return ROUNDED_TOLERANCE if rounded else EXACT_TOLERANCE
 
 
+def packs_rows(model: PreTrainedModel, cfg: TrainConfig) -> bool:
+    """Whether rows go through this model packed (see `packed.packs`), asked in the precision of training."""
+    with torch.no_grad(), training_mode(model, checkpointing=False), _autocast(next(model.parameters()).device, cfg):
+        return packs(model, cfg.packing)
+
+
 class _Tokens(NamedTuple):
     """What the loss needs of some tokens, packed. The last two belong to the forward-KL stream, if it is there."""
 
@@ -212,10 +220,11 @@ def _accumulate(
     device, budget = next(model.parameters()).device, cfg.logits_budget_mb * 2**20
     lengths = [_needed(batch, i, active[i]) for i in rows]
     with training_mode(model, checkpointing=cfg.gradient_checkpointing), sparse_embedding_gradient(model):
-        for group in micro_batches(lengths, cfg.tokens_per_microbatch):
+        packed = packs_rows(model, cfg)
+        for group in _groups(lengths, cfg, packed):
             chosen = {rows[i]: active[rows[i]] for i in group}
             with _autocast(device, cfg):
-                hidden_TD = _hidden(model, batch, chosen)
+                hidden_TD = _hidden(model, batch, chosen, packed)
             tokens = _tokens(batch, chosen, vocabulary, device, cfg)
 
             def loss(chunk: slice, now_TK: Tensor, tokens: _Tokens = tokens) -> Tensor:
@@ -236,7 +245,11 @@ def _accumulate(
     return _total(losses), _total(fkl_losses), add_statistics(statistics)
 
 
-def _hidden(model: PreTrainedModel, batch: StepBatch, chosen: dict[int, Mask]) -> Tensor:
+def _groups(lengths: list[int], cfg: TrainConfig, packed: bool) -> list[list[int]]:
+    return (packed_batches if packed else micro_batches)(lengths, cfg.tokens_per_microbatch)
+
+
+def _hidden(model: PreTrainedModel, batch: StepBatch, chosen: dict[int, Mask], packed: bool) -> Tensor:
     """The hidden states that predict the chosen response tokens of some rows, packed row by row, [T, D].
 
     Each row goes through the model up to the last state that is needed: what comes later cannot be seen from there.
@@ -244,12 +257,15 @@ def _hidden(model: PreTrainedModel, batch: StepBatch, chosen: dict[int, Mask]) -
     rows = [
         np.concatenate([batch.prompt_ids[i], batch.response_ids[i]])[: _needed(batch, i, c)] for i, c in chosen.items()
     ]
-    ids_BL, mask_BL = pad(rows)
     row_T, position_T = response_index([len(batch.prompt_ids[i]) for i in chosen], [len(c) for c in chosen.values()])
     chosen_T = torch.from_numpy(np.concatenate(list(chosen.values())))
+    row_T, position_T = row_T[chosen_T], position_T[chosen_T]
     device = next(model.parameters()).device
-    hidden_BLD = hidden_states(model, ids_BL.to(device), mask_BL.to(device))
-    return hidden_BLD[row_T[chosen_T].to(device), position_T[chosen_T].to(device)]
+    if packed:
+        start_B = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        return packed_states(model, rows)[(start_B[row_T] + position_T).to(device)]
+    ids_BL, mask_BL = pad(rows)
+    return hidden_states(model, ids_BL.to(device), mask_BL.to(device))[row_T.to(device), position_T.to(device)]
 
 
 def _tokens(

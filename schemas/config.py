@@ -31,6 +31,8 @@ ADDED = ("topk", "base", "pass-rate")
 ADDED_TEACHER = "teacher."  # with the teacher's name: all rows under one teacher of several
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$"  # a folder under weights/, not a path
+# Names that transformers has, or kernels of the Hub.
+_ATTENTION = r"^(sdpa|eager|flex_attention|flash_attention_[2-4]|[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?)$"
 _ROUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 # A rule's components: a file, which may hold a + if it begins with a slash or a dot, or a name.
 _COMPONENT = re.compile(r"((?:\.{0,2}/|~).*?\.py(?::\w+)?(?=\+|$)|[^+]*)(?:\+|$)")
@@ -224,7 +226,15 @@ class TrainConfig(Section):
     )
     keep_states: Literal["last", "all"] = _field("last", "optimizer states to keep under .fire/train")
     save_every: int = _perf(0, "also save the training state every so many steps; 0: at the end of a round", ge=0)
-    tokens_per_microbatch: int = _perf(8192, "padded tokens per forward and backward pass", ge=1)
+    tokens_per_microbatch: int = _perf(8192, "tokens per forward and backward pass, padding included", ge=1)
+    packing: Literal["auto", "on", "off"] = _perf(
+        "auto", "rows one after the other instead of padded; auto: where attention takes rows of any length (flash)"
+    )
+    attention: str | None = _perf(
+        None,
+        "transformers' attention while training: sdpa, eager, flash_attention_2 (bfloat16); null: the model's default",
+        pattern=_ATTENTION,
+    )
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     gradient_checkpointing: bool = _perf(False, "recompute activations in the backward pass: less memory, more time")
     device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -235,6 +245,12 @@ class TrainConfig(Section):
         if not all(0 <= beta < 1 for beta in value):
             raise ValueError(f"betas {list(value)} must lie in [0, 1)")
         return value
+
+    @model_validator(mode="after")
+    def _flash_is_half_precision(self) -> TrainConfig:
+        if "flash" in (self.attention or "") and self.compute_dtype != "bfloat16":
+            raise ValueError(f"attention {self.attention} needs compute_dtype: bfloat16")
+        return self
 
     @model_validator(mode="after")
     def _decay_needs_an_end(self) -> TrainConfig:

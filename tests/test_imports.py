@@ -35,7 +35,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "storage and engines": (
         "partial",
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
-        "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "trainmode", "training", "trainstate",
+        "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "trainmode", "packed",
+        "training", "trainstate",
         "stream", "kept", "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe",
         "http_engine", "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster",
         "ray_engine", "outside", "session", "hub", "hub.layout", "hub.redact", "hub.client", "hub.card", "hub.flat",

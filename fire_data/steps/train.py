@@ -137,7 +137,7 @@ class _Training:
         weights: Sealed,
         topk: Sealed | None,
     ) -> None:
-        from fire_data import models, optim
+        from fire_data import models, optim, trainmode
 
         self.session, self.run, self.round, self.fingerprint = session, session.run, round, fingerprint
         self.cfg = session.run.config.train
@@ -149,6 +149,8 @@ class _Training:
         session.forget("student")
         self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
         self.head = models.head_of(self.model)
+        if self.cfg.attention:  # the head was verified with the default one: flash attention cannot take fp32
+            trainmode.use_attention(self.model, self.cfg.attention)
         self.optimizer = optim.make_optimizer(self.model, self.cfg)
         self.ratio: dict[str, float] = {}
         self.global_step, self.done = self._restore()
@@ -165,6 +167,7 @@ class _Training:
     def _train(self, log: Path) -> None:
         metrics.rewind(log, self.global_step, self.run.part("checkpoints", self.round).tmp)
         report = self.session.report
+        self._tell_of_padding()
         report.start(f"train round-{self.round:03d}", self.total, "steps", self.done)
         for batch in self._batches():
             if self.done == 0:
@@ -173,6 +176,14 @@ class _Training:
             if self.cfg.save_every and self.done % self.cfg.save_every == 0 and self.done < self.total:
                 self._save()
         self._save()
+
+    def _tell_of_padding(self) -> None:
+        from fire_data.packed import wanted
+        from fire_data.training import packs_rows
+
+        if wanted(self.model, self.cfg.packing) and not packs_rows(self.model, self.cfg):
+            text = "lets packed rows see each other: they are padded instead (train.packing: off says no more of it)"
+            self.session.report.warn(f"{type(self.model).__name__} {text}")
 
     def _batches(self) -> Iterator[StepBatch]:
         from fire_data.stream import step_batches

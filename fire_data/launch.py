@@ -13,6 +13,7 @@ import secrets
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 
 from fire_data.distributed import LAUNCHED, LOST, SAME_COMMAND, check_devices
@@ -68,7 +69,9 @@ def _code(codes: dict[int, int]) -> int:
     said = [code for code in codes.values() if code > 0 and code != LOST]
     if said:
         return said[0]
-    killed = [f"process {place} was killed by {signal.Signals(-code).name}" for place, code in codes.items() if code < 0]
+    killed = [
+        f"process {place} was killed by {signal.Signals(-code).name}" for place, code in codes.items() if code < 0
+    ]
     text = killed[0] if killed else "a process ended without a word"
     raise IncompleteError(text, where="training on several processes", fix=SAME_COMMAND)
 
@@ -93,5 +96,5 @@ def _surroundings(processes: int, quiet: bool) -> Iterator[None]:
         logging.disable(disabled)
         os.environ.clear()
         os.environ.update(before)
-        for name, handler in handlers.items():
+        for name, handler in handlers.items() if threading.current_thread() is threading.main_thread() else ():
             signal.signal(getattr(signal, name), handler)

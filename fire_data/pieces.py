@@ -77,7 +77,7 @@ class Pieces:
         self.tensors = {name: Stored(d.size, d.properties.dtype) for name, d in described.items()}
 
     def read(self, tensors: dict[str, Tensor]) -> None:
-        """Fill tensors in place: of a share, only its own part is read. Names, shapes and dtypes have to be the same."""
+        """Fill tensors in place; of a share only its part is read. Names, shapes and dtypes have to be the same."""
         from torch.distributed.checkpoint import DefaultLoadPlanner
 
         planner: Any = DefaultLoadPlanner()

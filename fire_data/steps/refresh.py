@@ -21,9 +21,7 @@ from fire_data.steps.verify import check_prompts, verify
 from fire_data.steps.weigh import configured, weigh
 
 
-def refresh(
-    session: Session, rounds: int, trainer: Callable[[Session, int], object] = train
-) -> list[dict[str, Any]]:
+def refresh(session: Session, rounds: int, trainer: Callable[[Session, int], object] = train) -> list[dict[str, Any]]:
     """Bring a run to `rounds` rounds in all and return `round_table`. Finished rounds are left alone.
 
     Args:

@@ -293,7 +293,7 @@ def train(
     from fire_data.session import Session
     from fire_data.steps.train import train as step
 
-    with alone_or_member(opened) as terminal, Session(opened, terminal) as session:
+    with alone_or_member(opened) as report, Session(opened, report) as session:
         manifest = step(session, number, redo=redo)
     if not speaks():
         return None

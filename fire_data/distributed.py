@@ -239,7 +239,7 @@ def clip_gradient(parameters: Iterable[Tensor], largest: float) -> float:
     return float(norm)
 
 
-def _join(device: str) -> distributed.Store:
+def _join(device: str) -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     kind = resolve_device(device).type
@@ -253,10 +253,10 @@ def _join(device: str) -> distributed.Store:
             store=store, rank=place, world_size=number, timeout=_PATIENCE,
         )  # fmt: skip
         distributed.barrier()
-    return cast(distributed.Store, distributed.PrefixStore("fire", store))
+    return cast(Any, distributed).PrefixStore("fire", store)
 
 
-def _last_words(store: distributed.Store, error: Exception) -> None:
+def _last_words(store: Any, error: Exception) -> None:
     """Return where this process is the one to say what failed; otherwise end it."""
     try:
         if not _lost(error):

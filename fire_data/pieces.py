@@ -61,8 +61,8 @@ class Pieces:
     """The tensors of some files that belong together."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
         from torch.distributed.checkpoint.filesystem import FileSystem
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         class Only(FileSystem):
             """Of their folder, the reader is shown these files alone."""
@@ -78,7 +78,7 @@ class Pieces:
 
     def read(self, tensors: dict[str, Tensor]) -> None:
         """Fill tensors in place; of a share only its part is read. Names, shapes and dtypes have to be the same."""
-        from torch.distributed.checkpoint import DefaultLoadPlanner
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
         planner: Any = DefaultLoadPlanner()
         planner.set_up_planner(tensors, self._metadata, is_coordinator=True)

@@ -202,9 +202,11 @@ def _distinct(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
     first: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
     for name, tensor in tensors.items():
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if distributed.is_share(tensor):
+        key: tuple[Any, ...] = (name,)
+        if distributed.is_share(tensor):  # of which an empty part has no address
             key = (id(tensor),)
+        elif tensor.numel():
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if first.setdefault(key, name) != name:
             ties[name] = first[key]
     return ties, {name: t.detach() for name, t in tensors.items() if name not in ties}

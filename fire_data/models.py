@@ -49,17 +49,12 @@ def load_tokenizer(cfg: ModelConfig, base: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(
-    cfg: ModelConfig, base: Path, *, dtype: str | None = None, attention: str | None = None
-) -> PreTrainedModel:
+def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> PreTrainedModel:
     """The model in eval mode on `cfg.device`, weights from safetensors in `dtype` (default: `cfg.dtype`).
-
-    Args:
-        attention: transformers' name of an attention implementation; None: the model's own default.
 
     Raises:
         DataError: files are missing or damaged, the architecture is unknown, or weights are missing in the files.
-        ConfigError: the device does not exist here, or the attention implementation is not installed.
+        ConfigError: the device does not exist here.
         EngineError: the model does not fit on the device.
     """
     import torch
@@ -79,7 +74,6 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=cfg.trust_remote_code,
             output_loading_info=True,
-            **({"attn_implementation": attention} if attention else {}),
         )
         missing = sorted(info["missing_keys"])
         if missing:
@@ -89,11 +83,6 @@ def load_model(
     except torch.OutOfMemoryError as error:
         fix = "use another device, or a smaller dtype"
         raise EngineError(f"the model does not fit: {_line(error)}", where=f"{folder} on {device}", fix=fix) from None
-    except ImportError as error:
-        if attention is None:
-            raise
-        text = f"attention {attention} cannot be used here: {_line(error)}"
-        raise ConfigError(text, fix="install its package, or --set train.attention=sdpa") from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"the model cannot be loaded: {_line(error)}", where=str(folder), fix=_COPY) from None
     return placed

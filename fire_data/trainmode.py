@@ -70,6 +70,18 @@ def training_mode(model: PreTrainedModel, *, checkpointing: bool) -> Iterator[No
             each.training = training
 
 
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Compute attention with an implementation that transformers knows by this name, from now on.
+
+    Raises ConfigError: its package is not installed, or the model or the device does not take it.
+    """
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError, OSError) as error:
+        text = f"attention {name} cannot be used: {str(error).strip().splitlines()[0]}"
+        raise ConfigError(text, where="train.attention", fix="--set train.attention=sdpa") from None
+
+
 def _checkpointed_modules(model: PreTrainedModel) -> list[nn.Module]:
     modules = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     if modules:

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import modeling_flash_attention_utils as flash_utils
 
 from fire_data import packed, training
-from fire_data.models import head_of, hidden_states, load_model
+from fire_data.models import head_of, hidden_states
 from fire_data.packing import lay, micro_batches, packed_batches, pad
 from fire_data.run import Run
-from fire_data.schemas.config import ModelConfig, TrainConfig
+from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import ConfigError
 from fire_data.session import Session
 from fire_data.stages import Silent
@@ -28,6 +28,7 @@ from fire_data.steps.score import score
 from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
 from fire_data.training import ratio_check, ratio_tolerance
+from fire_data.trainmode import use_attention
 from tests.tinymodels import VOCABULARY, gradient_of, latest_state, step_batch, tiny_model, train_config
 
 torch.set_num_threads(1)
@@ -67,7 +68,9 @@ MIXING: dict[str, Callable[[], tf.PreTrainedConfig]] = {
 
 def build(config: tf.PreTrainedConfig, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
-    return tf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model = tf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    model.set_experts_implementation("eager")  # grouped products do not take fp64
+    return model
 
 
 def exact(**changes: Any) -> TrainConfig:
@@ -75,10 +78,11 @@ def exact(**changes: Any) -> TrainConfig:
 
 
 @pytest.fixture
-def double_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eager attention takes its softmax in fp32: its sums would hide what is to be seen to 1e-10."""
-    plain = torch.nn.functional.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **_: plain(x, dim=dim))
+def double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models take some sums in fp32 whatever their dtype (softmax, norms): these would hide what is seen at 1e-10."""
+    softmax, single = torch.nn.functional.softmax, torch.Tensor.float
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=None, dtype=None, **_: softmax(x, dim=dim))
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else single(x))
 
 
 @pytest.fixture
@@ -92,7 +96,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # What does not change
 
 
-@pytest.mark.usefixtures("double_softmax")
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", list(PACKED))
 def test_packing_changes_neither_loss_nor_gradient(name: str, checkpointing: bool, laid: list[int]) -> None:
@@ -267,7 +271,7 @@ def test_positions_start_anew_in_every_row() -> None:
 # The setting
 
 
-def test_flash_attention_asks_for_half_precision_and_for_its_package(tmp_path: Path) -> None:
+def test_flash_attention_asks_for_half_precision_and_for_its_package() -> None:
     TrainConfig(attention="flash_attention_2", compute_dtype="bfloat16")
     TrainConfig(attention="kernels-community/flash-attn2", compute_dtype="bfloat16")
     with pytest.raises(ValueError, match="flash_attention_2 needs compute_dtype: bfloat16"):
@@ -276,11 +280,13 @@ def test_flash_attention_asks_for_half_precision_and_for_its_package(tmp_path: P
         TrainConfig(attention="flash")
     if importlib.util.find_spec("flash_attn") or importlib.util.find_spec("kernels"):
         pytest.skip("it is installed here")
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    with pytest.raises(ConfigError, match="attention flash_attention_2 cannot be used here") as caught:
-        load_model(ModelConfig(model="tiny"), tmp_path, attention="flash_attention_2")
+    model = tiny_model()
+    with pytest.raises(ConfigError, match="attention flash_attention_2 cannot be used") as caught:
+        use_attention(model, "flash_attention_2")
     assert caught.value.exit_code == 2
-    assert load_model(ModelConfig(model="tiny"), tmp_path, attention="eager").config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match="attention sdpa cannot be used"):
+        use_attention(build(PACKED["gemma2"]()), "sdpa")
 
 
 class Heard(Silent):
@@ -300,7 +306,7 @@ def test_a_run_trains_the_same_packed_and_says_once_where_it_cannot(
     for case in ("off", "on", "mixing"):
         if case == "mixing":
             monkeypatch.setattr(packed, "_keeps_apart", lambda _: False)
-        run = make_run(tmp_path / case, train={"packing": "off" if case == "off" else "on"})
+        run = make_run(tmp_path / case, train={"packing": "off" if case == "off" else "on", "attention": "eager"})
         heard[case] = Heard()
         session = Session(run, heard[case])
         rollout(session, 0)

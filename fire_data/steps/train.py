@@ -156,7 +156,7 @@ class _Training:
         weights: Sealed,
         topk: Sealed | None,
     ) -> None:
-        from fire_data import distributed, models, optim
+        from fire_data import distributed, models, optim, trainmode
 
         self.session, self.run, self.round, self.fingerprint = session, session.run, round, fingerprint
         self.cfg = session.run.config.train
@@ -166,12 +166,12 @@ class _Training:
         self.states = self.run.root / ".fire" / "train"
         start = self.run.config.student.model_copy(update={"device": distributed.load_device(self.cfg.device)})
         session.forget("student")
-        self.model = models.load_model(
-            start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype), attention=self.cfg.attention
-        )
+        self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
         self.head = models.head_of(self.model)
         distributed.shard(self.model, self.cfg.device)
         self.writes = distributed.first()
+        if self.cfg.attention:  # the head was verified with the default one: flash attention cannot take fp32
+            trainmode.use_attention(self.model, self.cfg.attention)
         self.optimizer = optim.make_optimizer(self.model, self.cfg)
         self.ratio: dict[str, float] = {}
         self.global_step, self.done = self._restore()

@@ -60,6 +60,10 @@ Weights = Annotated[
     ),
 ]
 Redo = Annotated[bool, flag("--redo", help="set the stage and all that was made from it aside first")]
+Launch = Annotated[
+    int,
+    typer.Option("--launch", min=1, metavar="N", help="train on N processes here: a GPU each, or all on the CPU"),
+]
 Ray = Annotated[bool, flag("--ray", help="place engines on a Ray cluster: ray.address, else one started here")]
 Address = Annotated[
     str | None, typer.Option("--ray-address", metavar="HOST:PORT", help="place engines on this Ray cluster")

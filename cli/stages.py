@@ -10,9 +10,11 @@ import typer
 
 from . import completion
 from .errors import guarded, say
+from .launch import alone_or_member, launched, one_voice, refuse_members, speaks, train_on, trainer
 from .options import (
     Address,
     Json,
+    Launch,
     Ray,
     Redo,
     Round,
@@ -258,6 +260,7 @@ def train(
         str | None,
         typer.Option(metavar="MODEL", help="with --from: who wrote the dataset's responses, Hub id or folder"),
     ] = None,
+    launch: Launch = 1,
     redo: Redo = False,
     overrides: Set = None,
     as_json: Json = False,
@@ -265,7 +268,8 @@ def train(
     """Train the student by its coefficients and export it.
 
     Reads RUN/scores and the weights named by train.weights, writes
-    RUN/checkpoints, a model in Hugging Face format.
+    RUN/checkpoints, a model in Hugging Face format. Any number of processes gives
+    the same model; torchrun may start them, too.
     """
     if source is not None:
         from fire_data.hub.start import start_from
@@ -276,23 +280,29 @@ def train(
         from fire_data.schemas.errors import ConfigError
 
         raise ConfigError("--student goes with --from", fix=f"fire train {run} --set student.model={student}")
-    opened = open_run(run, overrides)
-    number = round_of(opened, round)
     from fire_data.shards import is_sealed, sealed
 
-    if not is_sealed(opened.part("scores", number)):
-        sealed(opened.part("rollouts", number))  # of what is missing, the first is named
+    with one_voice():
+        opened = open_run(run, overrides)
+        number = round_of(opened, round)
+        if not is_sealed(opened.part("scores", number)):
+            sealed(opened.part("rollouts", number))  # of what is missing, the first is named
+    if launch > 1:
+        flags = [name for name, given in (("--redo", redo), ("--json", as_json)) if given]
+        return train_on(launch, opened, number, overrides, *flags)
     from fire_data.session import Session
     from fire_data.steps.train import train as step
 
-    with Terminal() as terminal, Session(opened, terminal) as session:
+    with alone_or_member(opened) as report, Session(opened, report) as session:
         manifest = step(session, number, redo=redo)
+    if not speaks():
+        return None
     checkpoint = str(opened.part("checkpoints", number).folder)
     show_one({"round": number, "checkpoint": checkpoint, **manifest.stats}, as_json)
     from fire_data.create import missing_paths
 
     if opened.teachers and not missing_paths(run):
-        hint("fire", "run", run, "--rounds", number + 2, *carried(opened, overrides))
+        hint("fire", "run", run, "--rounds", number + 2, *launched(), *carried(opened, overrides))
     else:  # of a shared run, say: what another round needs stayed elsewhere
         hint("fire", "inspect", run, "--round", number)
 
@@ -301,6 +311,7 @@ def train(
 def run_rounds(
     run: RunArg,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="rounds in all, not more rounds")] = 1,
+    launch: Launch = 1,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -309,11 +320,13 @@ def run_rounds(
     Each round's student writes the next one's answers. Finished rounds are left
     alone, and after a kill the same command continues.
     """
+    refuse_members()
     opened = open_run(run, overrides)
     from fire_data.session import Session
     from fire_data.steps.refresh import refresh
+    from fire_data.steps.train import train as here
 
     with Terminal() as terminal, Session(opened, terminal) as session:
-        table = refresh(session, rounds)
+        table = refresh(session, rounds, here if launch == 1 else trainer(launch, overrides, terminal))
     show(table, as_json)
     hint("fire", "inspect", run)

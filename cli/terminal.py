@@ -64,6 +64,12 @@ class Terminal(AbstractContextManager["Terminal"]):
             self._hide("waiting")
             self._draw("waiting", visible(what), total=None, of=None)
 
+    def pause(self) -> None:
+        """Leave the terminal to another process until the next task."""
+        if self.bars is not None:
+            self._hide("waiting", "task")
+            self.bars.stop()
+
     def _draw(self, name: str, text: str, **values: Any) -> None:
         assert self.bars is not None
         with self.lock:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fire_data import distributed
 from fire_data.models import body_of
 from fire_data.packing import Row, lay
 
@@ -42,7 +43,7 @@ def packs(model: PreTrainedModel, packing: str) -> bool:
     if not wanted(model, packing):
         return False
     if model not in _APART:
-        _APART[model] = _keeps_apart(model)
+        _APART[model] = distributed.run(model, lambda: _keeps_apart(model))
     return _APART[model]
 
 

@@ -13,15 +13,17 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fire_data import distributed
 from fire_data.batch import StepBatch, topk_of
-from fire_data.fused_head import head_backward, token_logprobs
+from fire_data.fused_head import Loss, head_backward, token_logprobs
 from fire_data.head import Head
 from fire_data.loss import add_statistics, forward_kl_loss, ratio_statistics, surrogate_loss
 from fire_data.models import hidden_states
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mask = npt.NDArray[np.bool_]
+_Passed = tuple[Tensor, Tensor, Tensor]
+"""Hidden states [T, D], with their graph; logprobs [T, K] and the gradient of the states, without."""
 
 EXACT_TOLERANCE = 1e-4
 """Mean |log r| in nats that two fp32 computations of the same logprobs stay below."""
@@ -87,8 +91,7 @@ def train_step(
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss, fkl_loss, statistics = _accumulate(model, head, batch, cfg, vocabulary)
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = float(nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf))
+    norm = distributed.clip_gradient(model.parameters(), cfg.max_grad_norm or math.inf)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise TrainingError(
@@ -153,8 +156,12 @@ def ratio_check(
         for group in _groups([_length(batch, i) for i in rows], cfg, packed):
             chosen = {rows[i]: np.ones(len(batch.response_ids[rows[i]]), dtype=np.bool_) for i in group}
             ids_T = np.concatenate([batch.response_ids[i] for i in chosen]).astype(np.int64)
-            hidden_TD, wanted_T = _hidden(model, batch, chosen, packed), torch.from_numpy(ids_T).to(device)
-            logprob_T = token_logprobs(hidden_TD, head, wanted_T, vocabulary, budget).cpu().double()
+            wanted_T = torch.from_numpy(ids_T).to(device)
+
+            def work(chosen: dict[int, Mask] = chosen, wanted_T: Tensor = wanted_T) -> Tensor:
+                return token_logprobs(_hidden(model, batch, chosen, packed), head, wanted_T, vocabulary, budget)
+
+            logprob_T = distributed.run(model, work).cpu().double()
             now |= dict(zip(chosen, torch.split(logprob_T, [len(c) for c in chosen.values()]), strict=True))
     old = {i: torch.as_tensor(np.asarray(batch.old_logprob[i], dtype=np.float64)) for i in rows}
     direct = _mean([(now[i] - old[i]).abs() for i in rows])
@@ -211,7 +218,10 @@ class _Tokens(NamedTuple):
 def _accumulate(
     model: PreTrainedModel, head: Head, batch: StepBatch, cfg: TrainConfig, vocabulary: Vocabulary
 ) -> tuple[float, float, dict[str, float]]:
-    """Leave the step's gradient in `.grad`; return its loss, the forward-KL part of it, and the ratio statistics."""
+    """Leave the step's gradient in `.grad`; return its loss, the forward-KL part of it, and the ratio statistics.
+
+    Of several processes, each computes the gradient of its rows; what is returned is of all.
+    """
     rows = _contributing_rows(batch)
     active = {i: batch.active(i) for i in rows}
     losses: list[Tensor] = []
@@ -221,10 +231,8 @@ def _accumulate(
     lengths = [_needed(batch, i, active[i]) for i in rows]
     with training_mode(model, checkpointing=cfg.gradient_checkpointing), sparse_embedding_gradient(model):
         packed = packs_rows(model, cfg)
-        for group in _groups(lengths, cfg, packed):
-            chosen = {rows[i]: active[rows[i]] for i in group}
-            with _autocast(device, cfg):
-                hidden_TD = _hidden(model, batch, chosen, packed)
+        for group in distributed.own_groups(lengths, partial(_groups, cfg=cfg, packed=packed)):
+            chosen = {rows[i]: active[rows[i]] for i in group} or _no_token(batch)
             tokens = _tokens(batch, chosen, vocabulary, device, cfg)
 
             def loss(chunk: slice, now_TK: Tensor, tokens: _Tokens = tokens) -> Tensor:
@@ -238,11 +246,17 @@ def _accumulate(
                 losses.append(total.detach())
                 return total
 
-            with _autocast(device, cfg):
-                now_TK, gradient_TD = head_backward(hidden_TD, head, tokens.ids_TK, loss, vocabulary, budget)
+            def work(chosen: dict[int, Mask] = chosen, tokens: _Tokens = tokens, loss: Loss = loss) -> _Passed:
+                with _autocast(device, cfg):
+                    hidden_TD = _hidden(model, batch, chosen, packed)
+                    return hidden_TD, *head_backward(hidden_TD, head, tokens.ids_TK, loss, vocabulary, budget)
+
+            hidden_TD, now_TK, gradient_TD = distributed.run(model, work)
             torch.autograd.backward(hidden_TD, gradient_TD)
             statistics.append(ratio_statistics(now_TK[:, 0], tokens.old_T, tokens.coefficient_T, cfg.clip))
-    return _total(losses), _total(fkl_losses), add_statistics(statistics)
+    numbers = {"loss": _total(losses), "fkl_loss": _total(fkl_losses), **add_statistics(statistics)}
+    numbers = distributed.totals(numbers, largest=("max_ratio",))
+    return numbers.pop("loss"), numbers.pop("fkl_loss"), numbers
 
 
 def _groups(lengths: list[int], cfg: TrainConfig, packed: bool) -> list[list[int]]:
@@ -291,8 +305,14 @@ def _tokens(
 
 def _contributing_rows(batch: StepBatch) -> list[int]:
     """Rows with a coefficient other than 0; if there are none, the shortest, so that the gradient exists and is 0."""
+    return [i for i, r in enumerate(batch.response_ids) if len(r) and batch.active(i).any()] or list(_no_token(batch))
+
+
+def _no_token(batch: StepBatch) -> dict[int, Mask]:
+    """The shortest row and none of its tokens: what goes through the model where a pass is needed, but no gradient."""
     filled = [i for i, r in enumerate(batch.response_ids) if len(r)]
-    return [i for i in filled if batch.active(i).any()] or [min(filled, key=lambda i: _length(batch, i))]
+    row = min(filled, key=lambda i: _length(batch, i))
+    return {row: np.zeros(len(batch.response_ids[row]), dtype=np.bool_)}
 
 
 def _needed(batch: StepBatch, row: int, chosen_T: Mask) -> int:

@@ -6,13 +6,16 @@ learning rate of 1e-6: the update is smaller than half the gap between neighbour
 Units: sizes are bytes, steps are global optimizer steps.
 
 A state folder holds `weights.safetensors`, one file per kind of optimizer state (`exp_avg`, `exp_avg_sq`, `step`), each
-with the names of the parameters, and `meta.json` with the size and sha256 of every file.
+with the names of the parameters, and `meta.json` with the size and sha256 of every file. Of several processes each
+writes files of its own, with its share of every tensor; any number of processes reads them (`pieces`). Here all of them
+call the same functions: the first one makes folders and records, and publishes.
 """
 
 from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import json
 import os
 import re
@@ -23,14 +26,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fire_data import distributed, pieces
 from fire_data.files import fsync_file, fsync_folder, remove, sha256_file, storage_errors, write_bytes
 from fire_data.schemas.errors import DamagedError, DataError, StorageError, TrainingError
 from fire_data.schemas.manifest import digest
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 META = "meta.json"
 _REPLACED = ".replaced"
 _REDO = "delete this folder and run the same command: training continues from an earlier state or the round's start"
@@ -49,11 +53,15 @@ def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     unfinished = folder.with_name(f".{folder.name}.tmp")
     try:
         with _writing(folder):
-            remove(unfinished)
-            unfinished.mkdir(parents=True)
-            _write_files(unfinished, model, optimizer, meta)
-            sync_tree(unfinished)
-            _publish(unfinished, folder)
+            if distributed.first():
+                remove(unfinished)
+                unfinished.mkdir(parents=True)
+            distributed.wait()
+            described = _write_files(unfinished, model, optimizer)
+            if distributed.first():
+                _write_record(unfinished, model, described, meta)
+                sync_tree(unfinished)
+                _publish(unfinished, folder)
     except StorageError:
         remove(unfinished)
         raise
@@ -69,16 +77,17 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         DataError: the state belongs to a model with other parameters, shapes, dtypes or ties.
     """
     record = _read_record(folder)
-    for name, described in record["files"].items():
-        if not (folder / name).is_file() or _describe(folder / name) != described:
+    names = sorted(record["files"])
+    for name in names[distributed.rank() :: distributed.size()]:
+        if not (folder / name).is_file() or _describe(folder / name) != record["files"][name]:
             raise DamagedError(f"{name} is not the file that was written", where=str(folder / name), fix=_REDO)
-    groups = {Path(name).stem: load_file(folder / name) for name in record["files"]}
+    distributed.wait()
+    kinds = {kind: list(group) for kind, group in itertools.groupby(names, pieces.kind_of)}
+    groups = {kind: pieces.Pieces([folder / name for name in group]) for kind, group in kinds.items()}
     ties, weights = _distinct(model)
     saved = groups.pop("weights")
-    _require_same(ties, weights, record["ties"], saved, folder)
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(saved[name])
+    _require_same(ties, weights, record["ties"], saved.tensors, folder)
+    saved.read(weights)
     _restore_moments(model, optimizer, groups)
     meta: dict[str, Any] = record["meta"]
     return meta
@@ -119,13 +128,16 @@ def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> N
     The model keeps its own weights. Loading the folder with `AutoModelForCausalLM` gives exactly the cast weights; the
     generation config and the chat template go with them. All files are synced; publishing by rename is the caller's.
 
+    Of several processes all have to call it, and the first one writes.
+
     Raises:
         TrainingError: a weight is too large for `dtype` (float16).
         StorageError: the folder exists, or the file system refused.
     """
     target: torch.dtype = getattr(torch, dtype)
-    ties, distinct = _distinct(model)
-    cast = {name: t.detach().to("cpu", target if t.is_floating_point() else t.dtype) for name, t in distinct.items()}
+    ties, cast = _cast_weights(model, target)
+    if not distributed.first():
+        return
     overflown = [name for name, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if overflown:
         text = f"{overflown[0]} holds a value that is not finite in {dtype}"
@@ -147,6 +159,17 @@ def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> N
         raise
 
 
+def _cast_weights(model: nn.Module, target: torch.dtype) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """As `_distinct`, whole, in main memory and cast. Of several processes only the first one keeps them."""
+    ties, distinct = _distinct(model)
+    cast: dict[str, Tensor] = {}
+    for name, tensor in distinct.items():
+        whole = distributed.whole(tensor)
+        if distributed.first():
+            cast[name] = whole.to("cpu", target if whole.is_floating_point() else whole.dtype)
+    return ties, cast
+
+
 def sync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, and `folder` itself: after it a power cut loses none of them."""
     for path in sorted(folder.rglob("*")):
@@ -154,13 +177,20 @@ def sync_tree(folder: Path) -> None:
     fsync_folder(folder)
 
 
-def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
-    ties, weights = _distinct(model)
+def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What each process holds, in files of its own; their descriptions by name, for all."""
     files = {}
-    for kind, tensors in {"weights": weights, **_moments(model, optimizer)}.items():
-        path = folder / f"{kind}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        files[path.name] = _describe(path)
+    for kind, tensors in {"weights": _distinct(model)[1], **_moments(model, optimizer)}.items():
+        held, places = pieces.own(tensors)
+        if held:
+            path = folder / pieces.file_name(kind)
+            save_file({name: tensor.contiguous() for name, tensor in held.items()}, path, places)
+            files[path.name] = _describe(path)
+    return {name: each[name] for each in distributed.gathered(files) for name in each}
+
+
+def _write_record(folder: Path, model: nn.Module, files: dict[str, Any], meta: dict[str, Any]) -> None:
+    ties = _distinct(model)[0]
     record = {"format": STATE_FORMAT, "global_step": meta["global_step"], "ties": ties, "files": files, "meta": meta}
     text = json.dumps(record | {"sha256": digest(record)}, indent=1, ensure_ascii=False)
     write_bytes(folder / META, (text + "\n").encode())
@@ -168,14 +198,18 @@ def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 def _distinct(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
     """`(alias -> name, name -> tensor)` of the state dict, each tied tensor once, under the first of its names."""
-    tensors = model.state_dict()
+    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
     first: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
     for name, tensor in tensors.items():
-        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        key: tuple[Any, ...] = (name,)
+        if distributed.is_share(tensor):  # of which an empty part has no address
+            key = (id(tensor),)
+        elif tensor.numel():
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if first.setdefault(key, name) != name:
             ties[name] = first[key]
-    return ties, {name: t for name, t in tensors.items() if name not in ties}
+    return ties, {name: t.detach() for name, t in tensors.items() if name not in ties}
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -187,21 +221,25 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, di
     return groups
 
 
-def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, groups: dict[str, dict[str, Tensor]]) -> None:
+def _restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, groups: dict[str, pieces.Pieces]) -> None:
     optimizer.state.clear()
-    for name, parameter in model.named_parameters():
-        found = {kind: tensors[name] for kind, tensors in groups.items() if name in tensors}
-        if found:
-            # AdamW counts steps in a scalar on the CPU; moments live where their parameter does. The clone lets go of
-            # the memory-mapped file.
-            optimizer.state[parameter] = {
-                kind: value.clone() if kind == "step" else value.to(parameter.device, copy=True)
-                for kind, value in found.items()
-            }
+    for kind, saved in groups.items():
+        moments: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if name in saved.tensors:
+                shape, dtype = saved.tensors[name]
+                # AdamW counts steps in a scalar on the CPU; moments live where their parameter does, in shares as it.
+                moment = torch.empty(shape, dtype=dtype) if kind == "step" else torch.empty_like(parameter, dtype=dtype)
+                optimizer.state[parameter][kind] = moments[name] = moment
+        saved.read(moments)
 
 
 def _require_same(
-    ties: dict[str, str], weights: dict[str, Tensor], saved_ties: dict[str, str], saved: dict[str, Tensor], folder: Path
+    ties: dict[str, str],
+    weights: dict[str, Tensor],
+    saved_ties: dict[str, str],
+    saved: dict[str, pieces.Stored],
+    folder: Path,
 ) -> None:
     fix = "continue with the student this run was started with, or start another run"
     odd = sorted(weights.keys() ^ saved.keys()) or sorted(f"{a} = {b}" for a, b in ties.items() ^ saved_ties.items())

@@ -33,7 +33,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "diagnose.responses", "diagnose.signals", "compare", "compare.asked", "compare.plot", "compare.tally",
     ),
     "storage and engines": (
-        "partial",
+        "partial", "distributed", "launch", "pieces",
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
         "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "trainmode", "packed",
         "training", "trainstate",
@@ -54,7 +54,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "demo", "demo.tasks", "demo.lists", "demo.world", "demo.two_domains", "demo.arms", "demo.curve",
     ),
     "cli": (
-        "reference.commands", "reference.__main__", "cli", "cli.app",
+        "reference.commands", "reference.__main__", "cli", "cli.app", "cli.__main__", "cli.launch",
         "cli.completion", "cli.evals", "cli.examples", "cli.explain", "cli.progress", "cli.report", "cli.share",
         "cli.status", "cli.watch", "cli.options", "cli.stages", "cli.look", "cli.errors", "cli.inspect", "cli.terminal",
         "cli.rules", "cli.diagnose", "cli.compare", "cli.plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fire_data.prompts import read_prompts
@@ -20,8 +21,12 @@ from fire_data.steps.verify import check_prompts, verify
 from fire_data.steps.weigh import configured, weigh
 
 
-def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
-    """Bring a run to `rounds` rounds in all and return `round_table`. Finished rounds are left alone."""
+def refresh(session: Session, rounds: int, trainer: Callable[[Session, int], object] = train) -> list[dict[str, Any]]:
+    """Bring a run to `rounds` rounds in all and return `round_table`. Finished rounds are left alone.
+
+    Args:
+        trainer: trains a round, as `steps.train.train` does.
+    """
     run = session.run
     configured(run)  # a rule that cannot be is told before an hour of sampling
     _require_inputs(run, rounds)
@@ -43,7 +48,7 @@ def refresh(session: Session, rounds: int) -> list[dict[str, Any]]:
                 verify(run, number, session.report)
             weigh(run, number, session.report)
             session.rest()  # training needs the accelerator to itself
-            train(session, number)
+            trainer(session, number)
         if held_out and not evaluated(run, number):
             evaluate(session, number)
         if not finished:

@@ -30,11 +30,16 @@ Sealed = tuple[Part, Manifest]
 
 def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
     """Train a round, or continue or confirm it, or train it anew. Returns the sealed manifest of its checkpoint."""
+    from fire_data import distributed
+
+    if not distributed.first():
+        return _follow(session, round)
     run, cfg = session.run, session.run.config.train
     part = run.part("checkpoints", round)
     scores, weights = _inputs(run, round)
     topk = _topk(run, round, scores[1], weights)
     recorded = {"weights": cfg.weights or weights[0].name, **session.performance("train")}
+    recorded["processes"] = distributed.size()
     stage = Stage(part, _fields(session, round, scores[1], weights[1], topk), (), recorded)
     contract.enforce_live(session, round, _read_addons(run, round, weights[1], topk))
     files.remove_leftovers(part.tmp)
@@ -51,12 +56,26 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
             try:
                 verify_checkpoint(part, manifest)
                 session.report.note(finished(part))
-                return manifest
+                return distributed.tell((manifest, False))[0]
             except DamagedError as error:
                 session.report.warn(f"{error.what}: trying to export the checkpoint again from its training state")
+        distributed.tell((manifest, True))
         stats = _Training(session, round, manifest.fingerprint, scores, weights, topk).finish()
         receipts = _receipts(part, manifest.fingerprint)
-        return seal(part, manifest, receipts, stats, stage.recorded)
+        return distributed.tell(seal(part, manifest, receipts, stats, stage.recorded))
+
+
+def _follow(session: Session, round: int) -> Manifest:
+    """The same steps as the first process, which opens and seals the stage, writes and reports."""
+    from fire_data import distributed
+
+    manifest, going = distributed.tell((Manifest.model_construct(), False))
+    if not going:
+        return manifest
+    scores, weights = _inputs(session.run, round)
+    topk = _topk(session.run, round, scores[1], weights)
+    _Training(session, round, manifest.fingerprint, scores, weights, topk).finish()
+    return distributed.tell(manifest)
 
 
 def _inputs(run: Run, round: int) -> tuple[Sealed, Sealed]:
@@ -137,7 +156,7 @@ class _Training:
         weights: Sealed,
         topk: Sealed | None,
     ) -> None:
-        from fire_data import models, optim, trainmode
+        from fire_data import distributed, models, optim, trainmode
 
         self.session, self.run, self.round, self.fingerprint = session, session.run, round, fingerprint
         self.cfg = session.run.config.train
@@ -145,10 +164,12 @@ class _Training:
         self.steps = len(weights[1].stats["steps"])
         self.total = self.steps * self.cfg.epochs
         self.states = self.run.root / ".fire" / "train"
-        start = self.run.config.student.model_copy(update={"device": self.cfg.device})
+        start = self.run.config.student.model_copy(update={"device": distributed.load_device(self.cfg.device)})
         session.forget("student")
         self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
         self.head = models.head_of(self.model)
+        distributed.shard(self.model, self.cfg.device)
+        self.writes = distributed.first()
         if self.cfg.attention:  # the head was verified with the default one: flash attention cannot take fp32
             trainmode.use_attention(self.model, self.cfg.attention)
         self.optimizer = optim.make_optimizer(self.model, self.cfg)
@@ -165,7 +186,8 @@ class _Training:
         return {"global_step": self.global_step, "steps": self.total, **_summary(records)}
 
     def _train(self, log: Path) -> None:
-        metrics.rewind(log, self.global_step, self.run.part("checkpoints", self.round).tmp)
+        if self.writes:
+            metrics.rewind(log, self.global_step, self.run.part("checkpoints", self.round).tmp)
         report = self.session.report
         self._tell_of_padding()
         report.start(f"train round-{self.round:03d}", self.total, "steps", self.done)
@@ -207,7 +229,8 @@ class _Training:
             "epoch": self.done // self.steps,
             "step": batch.step,
         }
-        metrics.append(log, place | numbers | self.ratio)
+        if self.writes:
+            metrics.append(log, place | numbers | self.ratio)
         self.ratio = {}
         self.global_step += 1
         self.done += 1
@@ -236,7 +259,7 @@ class _Training:
         trainstate.save_state(
             self.states / f"step-{self.global_step:08d}-round-{self.round:03d}", self.model, self.optimizer, meta
         )
-        if self.cfg.keep_states == "last":
+        if self.writes and self.cfg.keep_states == "last":
             trainstate.prune_states(self.states, keep=1)
 
     def _restore(self) -> tuple[int, int]:
@@ -266,12 +289,14 @@ class _Training:
         from fire_data import trainstate
 
         part = self.run.part("checkpoints", self.round)
-        files.set_aside([part.folder], part.orphans)
+        if self.writes:
+            files.set_aside([part.folder], part.orphans)
         with files.storage_errors(part.folder):
             scratch = files.temporary(part.tmp, part.folder.name)
         try:
             trainstate.export_checkpoint(scratch, self.model, self.session.tokenizer, self.cfg.export_dtype)
-            files.publish_folder(scratch, part.folder)
+            if self.writes:
+                files.publish_folder(scratch, part.folder)
         finally:
             files.remove(scratch)
 

@@ -6,7 +6,8 @@ precision, with or without recomputation. Left out where TRL cannot be imported.
 with logits of all positions and the same micro-batches; loss and gradient norm must agree. `half`: ours with half of
 the coefficients 0 against ours with all; `head half`: the same for the head alone, all positions in one chunk. `head`:
 the head alone against its three matrix products without anything else, and against autograd with recomputation.
-Lengths are lognormal. Response tokens per second, those without coefficient included.
+`lora`: adapters at rank 32 against all weights. Lengths are lognormal.
+Response tokens per second, those without coefficient included.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from fire_data import lora
 from fire_data.fused_head import head_backward, token_logprobs
 from fire_data.head import LinearHead
 from fire_data.loss import surrogate_loss
 from fire_data.models import head_of
 from fire_data.optim import make_optimizer
 from fire_data.packing import flatten, micro_batches, pad, response_index
-from fire_data.schemas.config import TrainConfig
+from fire_data.schemas.config import LoraConfig, TrainConfig
 from fire_data.training import StepBatch, train_step
 from fire_data.vocabulary import Vocabulary
 
@@ -55,6 +57,7 @@ GROUPS = {
     "trl": ["fire", "trl"],
     "step": ["fire", "plain"],
     "half": ["half", "all"],
+    "lora": ["lora", "all"],
     "head half": ["half", "all"],
     "head": ["fire", "products", "autograd"],
 }
@@ -66,7 +69,7 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     batch = make_batch(options, share=0.5 if case == "half" else 1.0)
     if group in ("head", "head half"):
         return head_alone(case, batch, options)
-    work = {"trl": trl, "plain": plain}.get(case, fire)(batch, options)
+    work = {"trl": trl, "plain": plain, "lora": adapters}.get(case, fire)(batch, options)
     return work if group == "step" else lambda: measure.Done(work().tokens)  # others compute something else on purpose
 
 
@@ -104,9 +107,16 @@ def settings(options: argparse.Namespace) -> tuple[TrainConfig, Vocabulary]:
     return cfg, Vocabulary(options.vocabulary, np.ones(options.vocabulary, dtype=np.bool_))
 
 
-def fire(batch: StepBatch, options: argparse.Namespace) -> measure.Work:
+def adapters(batch: StepBatch, options: argparse.Namespace) -> measure.Work:
+    """Ours, with adapters on every linear layer but the head."""
+    model = make_model(options, options.hidden, options.layers)
+    lora.attach(model, LoraConfig(), seed=0)
+    return fire(batch, options, model)
+
+
+def fire(batch: StepBatch, options: argparse.Namespace, model: Any = None) -> measure.Work:
     """Ours."""
-    model, (cfg, vocabulary) = make_model(options, options.hidden, options.layers), settings(options)
+    model, (cfg, vocabulary) = model or make_model(options, options.hidden, options.layers), settings(options)
     optimizer, head = make_optimizer(model, cfg), head_of(model)
 
     def work() -> measure.Done:

@@ -231,7 +231,8 @@ def _accumulate(
 
             with _autocast(device, cfg):
                 now_TK, gradient_TD = head_backward(hidden_TD, head, tokens.ids_TK, loss, vocabulary, budget)
-            torch.autograd.backward(hidden_TD, gradient_TD)
+            if hidden_TD.requires_grad:  # not if the head alone is trained
+                torch.autograd.backward(hidden_TD, gradient_TD)
             statistics.append(ratio_statistics(now_TK[:, 0], tokens.old_T, tokens.coefficient_T, cfg.clip))
     return _total(losses), _total(fkl_losses), add_statistics(statistics)
 

@@ -6,7 +6,8 @@ learning rate of 1e-6: the update is smaller than half the gap between neighbour
 Units: sizes are bytes, steps are global optimizer steps.
 
 A state folder holds `weights.safetensors`, one file per kind of optimizer state (`exp_avg`, `exp_avg_sq`, `step`), each
-with the names of the parameters, and `meta.json` with the size and sha256 of every file.
+with the names of the parameters, and `meta.json` with the size and sha256 of every file. Frozen parameters are not in
+it: they are those of the model that is given.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fire_data import lora
 from fire_data.files import fsync_file, fsync_folder, remove, sha256_file, storage_errors, write_bytes
 from fire_data.schemas.errors import DamagedError, DataError, StorageError, TrainingError
-from fire_data.schemas.manifest import digest
+from fire_data.schemas.manifest import ADAPTER, digest
 
 STATE_FORMAT = 1
 META = "meta.json"
@@ -73,7 +75,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         if not (folder / name).is_file() or _describe(folder / name) != described:
             raise DamagedError(f"{name} is not the file that was written", where=str(folder / name), fix=_REDO)
     groups = {Path(name).stem: load_file(folder / name) for name in record["files"]}
-    ties, weights = _distinct(model)
+    ties, weights = _distinct(_trained(model))
     saved = groups.pop("weights")
     _require_same(ties, weights, record["ties"], saved, folder)
     with torch.no_grad():
@@ -116,6 +118,7 @@ def prune_states(root: Path, keep: int) -> list[Path]:
 def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> None:
     """Write model and tokenizer in Hugging Face format, weights cast to `dtype`, into a folder that must not exist.
 
+    Adapters are merged in the masters' dtype, one matrix at a time, before the cast; a folder inside holds them alone.
     The model keeps its own weights. Loading the folder with `AutoModelForCausalLM` gives exactly the cast weights; the
     generation config and the chat template go with them. All files are synced; publishing by rename is the caller's.
 
@@ -124,8 +127,12 @@ def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> N
         StorageError: the folder exists, or the file system refused.
     """
     target: torch.dtype = getattr(torch, dtype)
-    ties, distinct = _distinct(model)
-    cast = {name: t.detach().to("cpu", target if t.is_floating_point() else t.dtype) for name, t in distinct.items()}
+    ties, distinct = _distinct(lora.base_weights(model))
+    added = lora.additions(model)
+    cast = {}
+    for name, tensor in distinct.items():
+        whole = (tensor + added[name]() if name in added else tensor).detach()
+        cast[name] = whole.to("cpu", target if whole.is_floating_point() else whole.dtype)
     overflown = [name for name, t in cast.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if overflown:
         text = f"{overflown[0]} holds a value that is not finite in {dtype}"
@@ -141,6 +148,7 @@ def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> N
             model.config.dtype = before
             _with_dtype(model.config, target).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            lora.save_adapter(model, folder / ADAPTER)  # below: whoever finds it beside a model adds it to that
             sync_tree(folder)
     except StorageError:
         remove(folder)
@@ -155,7 +163,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
-    ties, weights = _distinct(model)
+    ties, weights = _distinct(_trained(model))
     files = {}
     for kind, tensors in {"weights": weights, **_moments(model, optimizer)}.items():
         path = folder / f"{kind}.safetensors"
@@ -166,9 +174,14 @@ def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     write_bytes(folder / META, (text + "\n").encode())
 
 
-def _distinct(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """`(alias -> name, name -> tensor)` of the state dict, each tied tensor once, under the first of its names."""
-    tensors = model.state_dict()
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the parameters that are frozen."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def _distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """`(alias -> name, name -> tensor)` of a state dict, each tied tensor once, under the first of its names."""
     first: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
     for name, tensor in tensors.items():

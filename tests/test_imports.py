@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "partial",
         "files", "metrics", "shards", "stages", "prompts", "run", "create", "overview", "environment", "tokenview",
         "chat", "models", "engines", "kvcache", "generate", "scoring", "optim", "trainmode", "training", "trainstate",
-        "stream", "kept", "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe",
+        "lora", "stream", "kept", "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe",
         "http_engine", "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster",
         "ray_engine", "outside", "session", "hub", "hub.layout", "hub.redact", "hub.client", "hub.card", "hub.flat",
         "hub.checkpoint", "hub.push", "hub.pull", "hub.start", "verify", "verify.pool", "verify.worker", "verify.maths",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def attach(model: Any, cfg: LoraConfig, seed: int, base: str | None = None, revi
         ConfigError: peft is missing, a target names no linear layer, or it is a head that is also the embedding.
     """
     peft = require_peft()
-    names = cfg.targets if cfg.targets == "all-linear" else _checked(model, cfg.targets)
+    names = _checked(model, cfg.targets) if isinstance(cfg.targets, tuple) else cfg.targets
     alpha = int(cfg.alpha) if cfg.alpha == int(cfg.alpha) else cfg.alpha  # readers of adapter_config.json expect an int
     config = peft.LoraConfig(
         r=cfg.rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
@@ -90,10 +91,9 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def additions(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """Of each matrix with an adapter: its name without, and a function that computes what the adapter adds to it."""
+    layers: list[tuple[str, Any]] = list(model.named_modules())
     return {
-        f"{name}.weight": lambda layer=layer: layer.get_delta_weight(_NAME)
-        for name, layer in model.named_modules()
-        if hasattr(layer, "get_delta_weight")
+        f"{name}.weight": partial(m.get_delta_weight, _NAME) for name, m in layers if hasattr(m, "get_delta_weight")
     }
 
 

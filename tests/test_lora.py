@@ -36,7 +36,10 @@ from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
+from fire_data.training import EXACT_TOLERANCE, ROUNDED_TOLERANCE
+from fire_data.trainstate import export_checkpoint, load_state, save_state
 from tests import test_kill
+from tests.test_trainstate import _tokenizer
 from tests.tinymodels import (
     SIZE,
     VOCABULARY,
@@ -135,8 +138,6 @@ def test_only_adapters_move_and_only_they_have_gradients_moments_and_a_place_in_
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == seen == set(trained(model))
     assert {id(p) for p in optimizer.state} == {id(p) for p in trained(model).values()}
-    from fire_data.trainstate import load_state, save_state
-
     save_state(tmp_path / "s", model, optimizer, {"global_step": 3})
     saved = load_file(tmp_path / "s" / "weights.safetensors")
     assert same_tensors(saved, {n: p.detach() for n, p in trained(model).items()})
@@ -169,9 +170,6 @@ def test_new_adapters_change_no_bit_of_the_logits_and_follow_from_the_seed() -> 
 @pytest.mark.parametrize(("cfg", "tied"), [(SMALL, True), (HEAD, False)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_export_is_the_merged_model_rounded_once(tmp_path: Path, cfg: LoraConfig, tied: bool, dtype: str) -> None:
-    from fire_data.trainstate import export_checkpoint
-    from tests.test_trainstate import _tokenizer
-
     model = adapted(cfg, tied=tied)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     prompt, response = np.arange(5), np.arange(10, 30)
@@ -180,25 +178,20 @@ def test_the_export_is_the_merged_model_rounded_once(tmp_path: Path, cfg: LoraCo
     assert same_tensors(before, model.state_dict())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
     assert type(loaded.model.layers[0].self_attn.q_proj) is torch.nn.Linear
-    plain = tiny_model(tied=tied)
-    layer = model.model.layers[1].mlp.down_proj
-    whole = (
-        plain.model.layers[1].mlp.down_proj.weight
-        + 2.0 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    )
-    kept = loaded.model.layers[1].mlp.down_proj.weight
-    torch.testing.assert_close(kept, whole.to(kept.dtype), rtol=0, atol=1e-6 if dtype == "float32" else 8e-3)
-    assert set(loaded.state_dict()) == set(plain.state_dict())
+    whole = tiny_model(tied=tied)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            with torch.no_grad():
+                added = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0
+                whole.get_submodule(name).weight += added
+    assert same_tensors(loaded.state_dict(), {k: t.to(getattr(torch, dtype)) for k, t in whole.state_dict().items()})
     # Rounding is all that is between the exported model and the trainer's.
-    difference = np.abs(plain_logprobs(loaded.float(), prompt, response) - now).max()
-    assert difference < (2e-5 if dtype == "float32" else 0.3)
-    assert np.abs(plain_logprobs(plain, prompt, response) - now).max() > 0.5, "the adapters do something"
+    moved = np.abs(plain_logprobs(tiny_model(tied=tied), prompt, response) - now).mean()
+    difference = np.abs(plain_logprobs(loaded.float(), prompt, response) - now).mean()
+    assert difference < (EXACT_TOLERANCE if dtype == "float32" else ROUNDED_TOLERANCE) < moved / 3
 
 
 def test_the_adapter_folder_is_peft_own_format_and_exact(tmp_path: Path) -> None:
-    from fire_data.trainstate import export_checkpoint
-    from tests.test_trainstate import _tokenizer
-
     model = tiny_model(tied=False)
     lora.attach(model, HEAD, seed=1, base="me/student", revision="abc")
     for name, parameter in model.named_parameters():
@@ -278,7 +271,7 @@ def test_two_rounds_go_on_from_one_adapter_and_the_checkpoints_follow_it(two_rou
         alone = peft.PeftModel.from_pretrained(load_model(run.config.student, run.root), folder / ADAPTER)
         ids = torch.arange(10)[None]
         torch.testing.assert_close(whole(ids).logits, alone(ids).logits, rtol=1e-4, atol=1e-4)
-        assert float((whole(ids).logits - start(ids).logits).abs().max()) > 1e-2
+        assert not torch.allclose(whole(ids).logits, start(ids).logits, atol=1e-2)
     manifest = sealed(run.part("checkpoints", 1))
     assert {r.shard for r in manifest.shards if "/" in r.shard} == {
         f"{ADAPTER}/adapter_config.json", f"{ADAPTER}/adapter_model.safetensors"
@@ -332,7 +325,7 @@ def test_training_killed_in_the_middle_ends_in_the_same_bytes(make_run: MakeRun,
     child.kill()
     child.join()
     assert not (killed.root / "checkpoints" / "round-000").exists()
-    test_kill._finish(killed.root, "train")
+    train(Session(killed), 0)
     assert _snapshot(killed) == _snapshot(whole)
     steps = [[r["global_step"] for r in metrics.read(run.root / "metrics.jsonl")] for run in (whole, killed)]
     assert steps[0] == steps[1] == list(range(len(steps[0])))
@@ -376,7 +369,7 @@ def test_another_student_under_the_adapters_is_refused(two_rounds: Run, tmp_path
         train(session, 2)
 
 
-def test_adapters_learn(two_rounds: Run) -> None:
+def test_adapters_learn() -> None:
     """On one batch, seen again and again, the surrogate falls: what the coefficients ask for becomes likelier."""
     model = adapted(moved=False)
     batch = step_batch(tiny_model())

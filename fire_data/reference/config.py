@@ -44,8 +44,8 @@ def page() -> str:
             parts.append(f"{of} keys of [`student`](#student).\n")
         else:
             parts.append(_fields(inner.model_fields))
-            for key, of in inner.model_fields.items():
-                if (below := section(of.annotation)) is not None:
+            for key, sub in inner.model_fields.items():
+                if (below := section(sub.annotation)) is not None:
                     parts.append(f"### `{name}.{key}`\n\n{prose(below.__doc__ or '')}\n")
                     parts.append(_fields(below.model_fields))
     return "\n".join(parts)

@@ -25,6 +25,8 @@ from fire_data.hub.redact import shared_manifest
 from fire_data.loss import surrogate_loss
 from fire_data.models import head_of, load_model
 from fire_data.optim import make_optimizer
+from fire_data.plan.models import adapters, parameters
+from fire_data.plan.models import training as plan_training
 from fire_data.run import Run, open_run
 from fire_data.schemas.config import LoraConfig, TrainConfig
 from fire_data.schemas.errors import ConfigError, DataError, FingerprintError
@@ -59,6 +61,7 @@ MakeRun = Callable[..., Run]
 SMALL = LoraConfig(rank=4, alpha=8)
 HEAD = LoraConfig(rank=4, alpha=8, targets=("q_proj", "down_proj", "lm_head"))
 HEAD_ALONE = LoraConfig(rank=4, alpha=8, targets=("lm_head",))
+TRAIN = {"lora": {"rank": 4, "alpha": 8}, "lr": 1e-2, "epochs": 2, "save_every": 1}
 
 
 def adapted(
@@ -222,11 +225,15 @@ def test_targets_that_cannot_be_adapted_are_named(targets: tuple[str, ...], word
     assert caught.value.fix
 
 
-def test_without_peft_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_command_that_installs_it_is_told_before_a_rollout(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", train=TRAIN)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError) as caught:
-        lora.attach(tiny_model(), SMALL, seed=0)
+    with pytest.raises(ConfigError, match="peft is not installed") as caught:
+        refresh(Session(run), 1)
     assert "pip install 'fire-opd[lora]'" in str(caught.value)
+    assert not (run.root / "rollouts").exists()
 
 
 def test_without_adapters_the_fingerprint_is_that_of_runs_that_knew_of_none() -> None:
@@ -235,8 +242,6 @@ def test_without_adapters_the_fingerprint_is_that_of_runs_that_knew_of_none() ->
 
 
 # Runs
-
-TRAIN = {"lora": {"rank": 4, "alpha": 8}, "lr": 1e-2, "epochs": 2, "save_every": 1}
 
 
 def _snapshot(run: Run) -> dict[str, bytes]:
@@ -261,9 +266,9 @@ def test_two_rounds_go_on_from_one_adapter_and_the_checkpoints_follow_it(two_rou
     assert all(r["ratio_check"] < 1e-5 for r in first)
     assert first[0]["ratio_mean_abs"] < 1e-5
     assert first[1]["ratio_max"] == pytest.approx(1.0, abs=1e-3)
-    adapters = [load_file(run.part("checkpoints", n).folder / ADAPTER / "adapter_model.safetensors") for n in (0, 1)]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert not same_tensors(*adapters)
+    files = [load_file(run.part("checkpoints", n).folder / ADAPTER / "adapter_model.safetensors") for n in (0, 1)]
+    assert files[0].keys() == files[1].keys()
+    assert not same_tensors(*files)
     start = load_model(run.config.student, run.root)
     for number in (0, 1):
         folder = run.part("checkpoints", number).folder
@@ -293,6 +298,22 @@ def test_the_adapter_is_shared_with_the_checkpoint_and_its_card_says_how_to_load
             read_index(index.replace(f"{ADAPTER}/adapter_config.json".encode(), name.encode()), "here")
     config = (two_rounds.part("checkpoints", 1).folder / ADAPTER / "adapter_config.json").read_text()
     assert json.loads(config)["base_model_name_or_path"] == Path(two_rounds.config.student.model).name, "no folder"
+
+
+def test_the_plan_counts_what_is_trained_and_what_its_state_takes(two_rounds: Run) -> None:
+    cfg = two_rounds.config
+    assert cfg.train.lora is not None
+    state = latest_state(two_rounds.root / ".fire" / "train")
+    assert state is not None
+    numbers = sum(t.numel() for t in load_file(state / "weights.safetensors").values())
+    assert adapters(cfg.student, cfg.train.lora, two_rounds.root).value == numbers
+    names = LoraConfig(rank=2, targets=("q_proj", "layers.1.mlp.up_proj"))
+    model = load_model(cfg.student, two_rounds.root)
+    lora.attach(model, names, seed=0)
+    assert adapters(cfg.student, names, two_rounds.root).value == sum(p.numel() for p in trained(model).values())
+    student = parameters(cfg.student, two_rounds.root)
+    held = plan_training(two_rounds, student)["memory"].value
+    assert held == 4 * (student.value or 0) + 16 * numbers
 
 
 def test_a_damaged_adapter_is_found_and_exported_again(

@@ -7,8 +7,8 @@ with logits of all positions and the same micro-batches, and ours with packed ro
 the model's default) or recomputed activations; loss and gradient norm must agree. `half`: ours with half of
 the coefficients 0 against ours with all; `head half`: the same for the head alone, all positions in one chunk. `head`:
 the head alone against its three matrix products without anything else, and against autograd with recomputation.
-`flat`: `fire train` from loading to export over many shards against a tenth of them, tiny model and fake scores; its
-memory must be the same.
+`lora`: adapters at rank 32 against all weights. `flat`: `fire train` from loading to export over many shards against a
+tenth of them, tiny model and fake scores; its memory must be the same.
 Lengths are lognormal. Response tokens per second, those without coefficient included.
 """
 
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from fire_data import lora
 from fire_data.create import init_run
 from fire_data.demo.world import Sizes, make_tokenizer, new_model, save
 from fire_data.fused_head import head_backward, token_logprobs
@@ -41,7 +42,7 @@ from fire_data.models import head_of
 from fire_data.optim import make_optimizer
 from fire_data.packing import flatten, micro_batches, pad, response_index
 from fire_data.run import open_run
-from fire_data.schemas.config import TrainConfig
+from fire_data.schemas.config import LoraConfig, TrainConfig
 from fire_data.session import Session
 from fire_data.shards import sealed
 from fire_data.steps.rollout import rollout
@@ -74,6 +75,7 @@ GROUPS = {
     "trl": ["fire", "trl"],
     "step": ["fire", "packed", "recomputed", "plain"],
     "half": ["half", "all"],
+    "lora": ["lora", "all"],
     "head half": ["half", "all"],
     "head": ["fire", "products", "autograd"],
     "flat": ["many", "few"],
@@ -89,7 +91,7 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     if group in ("head", "head half"):
         return head_alone(case, batch, options)
     changes = {"packed": {"packing": "on"}, "recomputed": {"gradient_checkpointing": True}}.get(case, {})
-    work = {"trl": trl, "plain": plain}.get(case, partial(fire, **changes))(batch, options)
+    work = {"trl": trl, "plain": plain, "lora": adapters}.get(case, partial(fire, **changes))(batch, options)
     return work if group == "step" else lambda: measure.Done(work().tokens)  # others compute something else on purpose
 
 
@@ -127,9 +129,16 @@ def settings(options: argparse.Namespace) -> tuple[TrainConfig, Vocabulary]:
     return cfg, Vocabulary(options.vocabulary, np.ones(options.vocabulary, dtype=np.bool_))
 
 
-def fire(batch: StepBatch, options: argparse.Namespace, **changes: Any) -> measure.Work:
+def adapters(batch: StepBatch, options: argparse.Namespace) -> measure.Work:
+    """Ours, with adapters on every linear layer but the head."""
+    model = make_model(options, options.hidden, options.layers)
+    lora.attach(model, LoraConfig(), seed=0)
+    return fire(batch, options, model)
+
+
+def fire(batch: StepBatch, options: argparse.Namespace, model: Any = None, **changes: Any) -> measure.Work:
     """Ours."""
-    model, (cfg, vocabulary) = make_model(options, options.hidden, options.layers), settings(options)
+    model, (cfg, vocabulary) = model or make_model(options, options.hidden, options.layers), settings(options)
     cfg = cfg.model_copy(update=changes)
     optimizer, head = make_optimizer(model, cfg), head_of(model)
 

@@ -18,7 +18,7 @@ _UNBROKEN = "\b\n"  # before a paragraph whose lines a help page leaves as they 
 class Grouped(TyperGroup):
     """The application with its commands listed in the groups of `PANELS`."""
 
-    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write one section per group; names begin in one column."""
         for panel, names in PANELS.items():
             with formatter.section(panel):

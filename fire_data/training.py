@@ -252,7 +252,8 @@ def _accumulate(
                     return hidden_TD, *head_backward(hidden_TD, head, tokens.ids_TK, loss, vocabulary, budget)
 
             hidden_TD, now_TK, gradient_TD = distributed.run(model, work)
-            torch.autograd.backward(hidden_TD, gradient_TD)
+            if hidden_TD.requires_grad:  # not if the head alone is trained
+                torch.autograd.backward(hidden_TD, gradient_TD)
             statistics.append(ratio_statistics(now_TK[:, 0], tokens.old_T, tokens.coefficient_T, cfg.clip))
     numbers = {"loss": _total(losses), "fkl_loss": _total(fkl_losses), **add_statistics(statistics)}
     numbers = distributed.totals(numbers, largest=("max_ratio",))

@@ -199,6 +199,23 @@ class WeighConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Adapters: small trained matrices B A beside each weight W, which is frozen."""
+
+    rank: int = _field(32, "rows of A and columns of B", ge=1)
+    alpha: float = _field(32.0, "the weight is W + (alpha / rank) B A", gt=0)
+    targets: Literal["all-linear"] | tuple[str, ...] = _field(
+        "all-linear", "all-linear: every linear layer but the head; or names of layers: [q_proj, v_proj]"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _names_something(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("targets must name at least one layer, or be all-linear")
+        return value
+
+
 class TrainConfig(Section):
     """How the coefficients are executed."""
 
@@ -215,6 +232,9 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = _field("constant", "after warm-up; decay needs total_steps")
     total_steps: int | None = _field(None, "global step at which a decaying schedule reaches 0", ge=1)
     max_grad_norm: float = _field(1.0, "gradient norm clipping; 0: off", ge=0)
+    lora: LoraConfig | None = _field(
+        None, "train adapters alone: {rank: 32, alpha: 32, targets: all-linear}, {} for these; null: all weights"
+    )
     clip: float = _field(0.2, "PPO clip range of the probability ratio", gt=0)
     dual_clip: float | None = _field(None, "lower bound of the surrogate for negative advantages; null: off", gt=1)
     compute_dtype: Literal["float32", "bfloat16", "float64"] = _field(
@@ -259,6 +279,10 @@ class TrainConfig(Section):
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise ValueError(f"total_steps {self.total_steps} must be more than warmup_steps {self.warmup_steps}")
         return self
+
+    def results(self) -> dict[str, Any]:
+        """As of any section; adapters enter where there are some."""
+        return {k: v for k, v in super().results().items() if k != "lora" or v is not None}
 
 
 class EvalConfig(Section):

@@ -211,6 +211,8 @@ def other_value(model: type[BaseModel], name: str, value: Any) -> Any:
         if typing.get_origin(kind) is typing.Literal:
             return next(v for v in typing.get_args(kind) if v != value)
     kind = kinds[0]
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return kind()
     if name == "kind":
         return "math"
     if kind is bool:

@@ -57,8 +57,12 @@ def refresh(session: Session, rounds: int, trainer: Callable[[Session, int], obj
 
 
 def _require_inputs(run: Run, rounds: int) -> None:
-    """Raise, before anything is made, what a later stage would about a teacher or prompts that are not there."""
+    """Raise, before anything is made, what a later stage would about a teacher, prompts or peft that are not there."""
     left = [n for n in range(rounds) if not is_sealed(run.part("checkpoints", n))]
+    if left and run.config.train.lora is not None:
+        from fire_data.lora import require_peft
+
+        require_peft()
     if any(not is_sealed(run.part("rollouts", n)) for n in left):
         read_prompts(run.config.prompts.path, run.root)
     if not run.teachers and any(not is_sealed(run.part("scores", n)) for n in left):

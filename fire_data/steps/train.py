@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fire_data import contract, files, metrics
+from fire_data.hub.redact import called
 from fire_data.overview import start_over, train_anew
 from fire_data.run import Run
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
@@ -156,7 +157,7 @@ class _Training:
         weights: Sealed,
         topk: Sealed | None,
     ) -> None:
-        from fire_data import distributed, models, optim, trainmode
+        from fire_data import distributed, lora, models, optim, trainmode
 
         self.session, self.run, self.round, self.fingerprint = session, session.run, round, fingerprint
         self.cfg = session.run.config.train
@@ -165,8 +166,14 @@ class _Training:
         self.total = self.steps * self.cfg.epochs
         self.states = self.run.root / ".fire" / "train"
         start = self.run.config.student.model_copy(update={"device": distributed.load_device(self.cfg.device)})
+        self.adapters: dict[str, Any] | None = None  # what they are and whose, for the training state
+        if self.cfg.lora is not None:
+            lora.require_peft()
+            self.adapters = {**self.cfg.lora.results(), "student": session.student_fields(0)["weights"]}
         session.forget("student")
         self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
+        if self.cfg.lora is not None:
+            lora.attach(self.model, self.cfg.lora, self.run.config.seed, called(start.model, self.run.root))
         self.head = models.head_of(self.model)
         distributed.shard(self.model, self.cfg.device)
         self.writes = distributed.first()
@@ -255,6 +262,7 @@ class _Training:
             "done": self.done,
             "total": self.total,
             "fingerprint": self.fingerprint,
+            "adapters": self.adapters,
         }
         trainstate.save_state(
             self.states / f"step-{self.global_step:08d}-round-{self.round:03d}", self.model, self.optimizer, meta
@@ -264,13 +272,15 @@ class _Training:
 
     def _restore(self) -> tuple[int, int]:
         """(global step, steps of this round already done), from the newest state that fits or the given student."""
-        from fire_data import trainstate
+        from fire_data import lora, trainstate
 
         found = trainstate.whole_states(self.states)
         mine = [(p, m) for p, m in found if (m["round"], m["fingerprint"]) == (self.round, self.fingerprint)]
         before = [(p, m) for p, m in found if m["round"] == self.round - 1 and m["done"] == m["total"]]
         if mine or before:
             folder, meta = (mine or before)[0]
+            last = self.run.part("checkpoints", max(self.round - 1, 0)).folder
+            lora.require_same(meta.get("adapters"), self.adapters, str(folder), last)
             trainstate.load_state(folder, self.model, self.optimizer)
             return meta["global_step"], meta["done"] if mine else 0
         if found:
@@ -328,11 +338,11 @@ def _receipts(part: Part, fingerprint: str) -> list[Receipt]:
     """One receipt per file of the checkpoint."""
     if not part.folder.is_dir():
         raise DamagedError("the checkpoint vanished", where=str(part.folder), fix=part.command)
-    found = sorted(p for p in part.folder.iterdir() if p.is_file())
+    found = sorted((p.relative_to(part.folder).as_posix(), p) for p in part.folder.rglob("*") if p.is_file())
     return [
         Receipt(
-            shard=p.name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
+            shard=name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
             fingerprint=fingerprint, versions=versions(),
         )
-        for p in found
+        for name, p in found
     ]  # fmt: skip

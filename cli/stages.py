@@ -19,12 +19,14 @@ from .options import (
     Rule,
     RunArg,
     Set,
+    TrackerName,
     carried,
     chosen,
     cluster,
     flag,
     open_run,
     round_of,
+    with_tracker,
 )
 from .terminal import Terminal, hint, show, show_one
 
@@ -258,6 +260,7 @@ def train(
         str | None,
         typer.Option(metavar="MODEL", help="with --from: who wrote the dataset's responses, Hub id or folder"),
     ] = None,
+    tracker: TrackerName = None,
     redo: Redo = False,
     overrides: Set = None,
     as_json: Json = False,
@@ -276,6 +279,7 @@ def train(
         from fire_data.schemas.errors import ConfigError
 
         raise ConfigError("--student goes with --from", fix=f"fire train {run} --set student.model={student}")
+    overrides = with_tracker(overrides, tracker)
     opened = open_run(run, overrides)
     number = round_of(opened, round)
     from fire_data.shards import is_sealed, sealed
@@ -301,6 +305,7 @@ def train(
 def run_rounds(
     run: RunArg,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="rounds in all, not more rounds")] = 1,
+    tracker: TrackerName = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -309,6 +314,7 @@ def run_rounds(
     Each round's student writes the next one's answers. Finished rounds are left
     alone, and after a kill the same command continues.
     """
+    overrides = with_tracker(overrides, tracker)
     opened = open_run(run, overrides)
     from fire_data.session import Session
     from fire_data.steps.refresh import refresh

@@ -40,12 +40,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "http_engine", "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster",
         "ray_engine", "outside", "session", "hub", "hub.layout", "hub.redact", "hub.client", "hub.card", "hub.flat",
         "hub.checkpoint", "hub.push", "hub.pull", "hub.start", "verify", "verify.pool", "verify.worker", "verify.maths",
-        "verify.sandbox", "standing",
+        "verify.sandbox", "standing", "trackers",
     ),
     "steps": (
         "", "steps", "steps.rollout", "steps.score", "steps.weigh", "steps.train", "steps.evaluate", "steps.refresh",
         "steps.inputs", "steps.engines", "steps.passes", "steps.columns", "steps.passrate", "steps.diagnose",
-        "steps.benchmarks", "steps.compare", "steps.verify", "steps.versus",
+        "steps.benchmarks", "steps.compare", "steps.verify", "steps.versus", "steps.rounds", "steps.track",
         "explain", "explain.weights", "explain.factors",
         "plan", "plan.figures", "plan.models", "plan.stages",
         "report", "report.data", "report.measure", "report.page", "report.plots", "report.sample", "report.sections",
@@ -56,7 +56,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "reference.commands", "reference.__main__", "cli", "cli.app",
         "cli.completion", "cli.evals", "cli.examples", "cli.explain", "cli.progress", "cli.report", "cli.share",
         "cli.status", "cli.watch", "cli.options", "cli.stages", "cli.look", "cli.errors", "cli.inspect", "cli.terminal",
-        "cli.rules", "cli.diagnose", "cli.compare", "cli.plan",
+        "cli.rules", "cli.diagnose", "cli.compare", "cli.plan", "cli.track",
     ),
 }  # fmt: skip
 PURE_MAY_NOT = {"os", "time", "logging", "pathlib", "random", "datetime", "socket", "subprocess", "uuid", "secrets"}

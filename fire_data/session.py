@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Follower(Protocol):
+class Follows(Protocol):
     """A tracker that is told of a run (`fire_data.steps.track`)."""
 
     def catch_up(self) -> None: ...
@@ -46,7 +46,7 @@ class Session:
         self._verified: set[str] = set()
         # Shards that are made in threads must not do some things at the same time: open a model, render a prompt.
         self.lock = threading.RLock()
-        self.follower: Follower | None = None  # the tracker, from the first round that is trained here
+        self.follower: Follows | None = None  # the tracker, from the first round that is trained here
         self.outside = Outside(run, self.report, self.lock, self._fingerprint, ray)
         if run.config.threads:
             import torch

@@ -105,7 +105,10 @@ def _trackio(root: Path, run: str, id: str, config: dict[str, Any]) -> Tracker:
 
     def close() -> None:
         with contextlib.redirect_stdout(sys.stderr):
-            opened.finish()
+            if trackio.context_vars.current_run.get() is opened:
+                trackio.finish()  # else it would be finished, and say so on stdout, again at the end of the process
+            else:
+                opened.finish()
 
     return Tracker(log, close, f"trackio show --project {PROJECT}")
 

@@ -87,7 +87,8 @@ def test_a_bound_is_crossed_from_its_own_side_and_by_more_than_nothing() -> None
 def test_a_step_over_a_bound_changes_nothing_and_says_so(bounds: dict[str, float]) -> None:
     cfg, model = train_config(**bounds), tiny_model()
     optimizer, batch = make_optimizer(model, cfg), step_batch(model, noise=0.3)
-    free = train_step(copy.deepcopy(model), head_of(model), make_optimizer(model, cfg), batch, cfg, VOCABULARY, 0)
+    other = copy.deepcopy(model)
+    free = train_step(other, head_of(other), make_optimizer(other, cfg), batch, cfg, VOCABULARY, 0)
     before = weights_of(model), moments_of(model, optimizer)
     held = train_step(model, head_of(model), optimizer, batch, cfg, VOCABULARY, 0, gauge=True)
     assert held["stopped_by"] == next(iter(bounds))

@@ -18,7 +18,7 @@ from fire_data import environment, files, metrics, trackers
 from fire_data.hub.redact import shared_config
 from fire_data.run import Run
 from fire_data.schemas.errors import ConfigError, FireError
-from fire_data.session import Session
+from fire_data.session import Follows, Session
 from fire_data.shards import is_sealed, read_manifest
 from fire_data.stages import Reporter
 from fire_data.steps.rounds import eval_numbers, round_row
@@ -62,6 +62,7 @@ class Follower:
         if self.tracker is not None:
             self._guarded(self.tracker.close)
             self.tracker = None
+        atexit.unregister(self.close)
 
     def _open(self) -> None:
         run = self.run
@@ -92,7 +93,7 @@ class Follower:
             )
 
 
-def following(session: Session) -> Follower | None:
+def following(session: Session) -> Follows | None:
     """The follower of a session, caught up, if `train.tracker` names a tracker. It is opened once for all rounds."""
     name = session.run.config.train.tracker
     if name is None:

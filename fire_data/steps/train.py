@@ -18,7 +18,7 @@ from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
 from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
-from fire_data.session import Follower, Session, verify_checkpoint
+from fire_data.session import Follows, Session, verify_checkpoint
 from fire_data.shards import Part, is_sealed, read_manifest, sealed, versions
 from fire_data.stages import Stage, finished, open_stage, seal
 from fire_data.steps.track import following
@@ -155,7 +155,7 @@ class _Training:
         self.optimizer = optim.make_optimizer(self.model, self.cfg)
         self.ratio: dict[str, float] = {}
         self.stopped: dict[str, Any] = {}
-        self.follower: Follower | None = None
+        self.follower: Follows | None = None
         self.global_step, self.done = self._restore()
 
     def finish(self) -> dict[str, Any]:

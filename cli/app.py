@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evals, explain, look, plan, report, share, stages
+from . import evals, explain, look, plan, report, share, stages, track
 from .errors import entry
 from .examples import epilog
 
@@ -55,6 +55,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": look.compare,
     "report": report.report,
     "rules": look.rules,
+    "track": track.track,
     "push": share.push,
     "pull": share.pull,
     "env": look.env,
@@ -64,7 +65,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 # The groups of the help page.
 PANELS = {
     "A round": ("init", "rollout", "verify", "score", "weigh", "train", "run", "eval"),
-    "Look": ("plan", "status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules"),
+    "Look": ("plan", "status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules", "track"),
     "Share": ("push", "pull"),
     "More": ("env", "demo"),
 }

@@ -88,6 +88,13 @@ def denominators() -> list[str]:
     return list(get_args(Denominator))
 
 
+def trackers() -> list[str]:
+    """What can follow a run."""
+    from fire_data.schemas.config import Tracker
+
+    return list(get_args(Tracker))
+
+
 def settings() -> Offers:
     """Every setting of fire.yaml as `section.field=`, with its line of why."""
     from fire_data.schemas.config import Config

@@ -42,6 +42,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("fire train runs/mine --set train.weights=p30", "by another rule"),
         ("fire train runs/mine --launch 2", "on two processes, a GPU each"),
         ("fire train runs/mine --set train.lr=2e-6 --redo", "anew"),
+        ("fire train runs/mine --tracker trackio", "curves while it trains"),
         ("fire train runs/theirs --from hf://datasets/user/name", "shared scores"),
     ),
     "verify": (
@@ -100,6 +101,10 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("fire rules", "all of them"),
         ("fire rules fire-paper", "formula, parameters and source of one"),
         ("fire rules fire+repetition-guard", "or of several together"),
+    ),
+    "track": (
+        ("fire track runs/mine --to tensorboard", "all its curves, afterwards"),
+        ("fire track runs/mine --to wandb", "offline; `wandb sync` sends it"),
     ),
     "push": (
         ("fire push runs/mine user/name", "private, unless --public"),

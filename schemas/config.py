@@ -21,6 +21,7 @@ from .errors import ConfigError
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scope = Literal["trajectory", "group", "step", "round"]
 Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
+Tracker = Literal["trackio", "wandb", "tensorboard"]
 Engine = Literal["transformers", "vllm", "http", "fake"]
 Normalise = Literal["none", "trajectory", "group", "step", "round"]
 
@@ -244,6 +245,12 @@ class TrainConfig(Section):
     ratio_tolerance: float | None = _field(
         None, "largest mean |log ratio| before a round's first step; null: by dtype", gt=0
     )
+    max_drift_kl: float | None = _field(
+        None, "end the round before a step at which KL(old || now) is above this, nats per token; null: off", gt=0
+    )
+    min_ess: float | None = _field(
+        None, "end it where the ratios' effective sample size is below this share of the tokens; null: off", gt=0, lt=1
+    )
     keep_states: Literal["last", "all"] = _field("last", "optimizer states to keep under .fire/train")
     save_every: int = _perf(0, "also save the training state every so many steps; 0: at the end of a round", ge=0)
     tokens_per_microbatch: int = _perf(8192, "tokens per forward and backward pass, padding included", ge=1)
@@ -257,7 +264,19 @@ class TrainConfig(Section):
     )
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     gradient_checkpointing: bool = _perf(False, "recompute activations in the backward pass: less memory, more time")
+    tracker: Tracker | None = _perf(
+        None, "trackio, wandb or tensorboard follows metrics.jsonl, on this machine; null: none"
+    )
     device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def executed(self) -> dict[str, Any]:
+        """The fields that a checkpoint's fingerprint has: those that act beyond what the weights were made with.
+
+        A bound that is off is not one of them: a checkpoint from before there were bounds stays what it is.
+        """
+        elsewhere = {"weights", "batch_size", "keep_states"}
+        off = {name for name in ("max_drift_kl", "min_ess") if getattr(self, name) is None}
+        return {name: value for name, value in self.results().items() if name not in elsewhere | off}
 
     @field_validator("betas")
     @classmethod

@@ -44,6 +44,17 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _trackers_stay_here(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What trackers keep beside runs goes to a temporary folder; read by them when they are imported."""
+    folder = tmp_path_factory.mktemp("trackers")
+    os.environ |= {
+        "TRACKIO_DIR": str(folder / "trackio"),
+        "WANDB_CONFIG_DIR": str(folder),
+        "WANDB_CACHE_DIR": str(folder),
+    }
+
+
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A `World`: teacher and student of hidden size 32, hardly trained, with 12 prompts and 6 held-out ones."""

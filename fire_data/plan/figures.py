@@ -180,7 +180,7 @@ def _busy(part: Part, receipts: list[Receipt]) -> float:
 
 
 def _trained(run: Run) -> Figure | None:
-    records = [r for r in metrics.read(run.root / "metrics.jsonl") if r.get("seconds") and r.get("tokens")]
+    records = [r for r in metrics.steps(run.root / "metrics.jsonl") if r.get("seconds") and r.get("tokens")]
     last = [r for r in records if r["round"] == records[-1]["round"]]
     if not last:
         return None

@@ -40,8 +40,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     "train": (
         ("fire train runs/mine", "what fire.yaml names"),
         ("fire train runs/mine --set train.weights=p30", "by another rule"),
-        ("fire train runs/mine --launch 2", "on two processes, a GPU each"),
-        ("fire train runs/mine --set train.lr=2e-6 --redo", "anew"),
+        ("fire train runs/mine --launch 2 --redo", "anew, on two GPUs"),
         ("fire train runs/mine --tracker trackio", "curves while it trains"),
         ("fire train runs/theirs --from hf://datasets/user/name", "shared scores"),
     ),

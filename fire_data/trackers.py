@@ -106,7 +106,7 @@ def _trackio(root: Path, run: str, id: str, config: dict[str, Any]) -> Tracker:
     def close() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             if trackio.context_vars.current_run.get() is opened:
-                trackio.finish()  # else it would be finished, and say so on stdout, again at the end of the process
+                trackio.finish()  # type: ignore[no-untyped-call]  # else it would be finished, and say so on stdout, again at the end of the process
             else:
                 opened.finish()
 
@@ -117,7 +117,7 @@ def _wandb(root: Path, run: str, id: str, config: dict[str, Any]) -> Tracker:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or "offline"
+    mode: Any = os.environ.get("WANDB_MODE") or "offline"
     above = Path(os.environ.get("WANDB_DIR") or root)
     for old in (above / "wandb").glob(f"offline-run-*-{id}"):
         files.remove(old)

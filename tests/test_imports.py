@@ -21,7 +21,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
         "schedule", "sampling", "frames", "vocabulary", "head", "signals", "rowsums", "topk", "fused_head", "loss",
-        "packing", "batch", "coefficient", "prepare", "summary", "teachers", "weighing", "rules", "rules.base",
+        "packing", "batch", "coefficient", "precision", "prepare", "summary", "teachers", "weighing", "rules",
+        "rules.base",
         "rules.tokens", "rules.statistics", "rules.evaluate", "rules.compose", "rules.own", "rules.fire",
         "rules.controls", "rules.repairs", "rules.filters",
         "rules.weights", "rules.masks",

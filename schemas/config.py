@@ -31,6 +31,8 @@ TEACHER = "teacher"  # what the only teacher, or the one of prompts without a ro
 ADDED = ("topk", "base", "pass-rate")
 ADDED_TEACHER = "teacher."  # with the teacher's name: all rows under one teacher of several
 
+REDUCED_BITS = 10  # of the 23 in a float32's mantissa, where `score.precision` is reduced
+
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$"  # a folder under weights/, not a path
 # Names that transformers has, or kernels of the Hub.
 _ATTENTION = r"^(sdpa|eager|flex_attention|flash_attention_[2-4]|[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?)$"
@@ -162,6 +164,11 @@ class ScoreConfig(Section):
     entropy_topk: int = _field(
         20, "tokens listed by an engine that cannot give exact entropies; those are then lower bounds", ge=1
     )
+    precision: Literal["exact", "reduced"] = _field(
+        "exact",
+        f"reduced: logprobs, entropies and KLs are rounded to {REDUCED_BITS} mantissa bits, an error of at most "
+        f"2^-{REDUCED_BITS + 1} of each, and take 40 % less disk; rollout_logprob and student_logprob stay exact",
+    )
     add: tuple[str, ...] = _addon(
         (), "further columns, each group in a table of its own: topk, base, pass-rate, teacher.NAME (of several)"
     )
@@ -169,6 +176,15 @@ class ScoreConfig(Section):
     pass_rate_samples: int = _addon(3, "answers of the teacher per prompt that pass-rate grades", ge=1)
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     tokens_per_batch: int = _perf(8192, "padded tokens per forward pass", ge=1)
+
+    def results(self) -> dict[str, Any]:
+        """As of every section, with `rounding` in place of `precision`: exact tables depend on nothing more."""
+        return {k: v for k, v in super().results().items() if k != "precision"} | self.rounding
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What fingerprints say of numbers that are not exact: nothing where they are."""
+        return {} if self.precision == "exact" else {"precision": {"mantissa_bits": REDUCED_BITS}}
 
 
 class WeighConfig(Section):

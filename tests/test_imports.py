@@ -21,8 +21,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "schemas": ("schemas", "schemas.errors", "schemas.config", "schemas.tables", "schemas.manifest"),
     "pure": (
         "schedule", "sampling", "frames", "vocabulary", "head", "signals", "rowsums", "topk", "fused_head", "loss",
-        "packing", "batch", "coefficient", "prepare", "summary", "teachers", "weighing", "rules", "rules.base",
-        "rules.tokens", "rules.statistics", "rules.evaluate", "rules.compose", "rules.own", "rules.fire",
+        "packing", "batch", "coefficient", "precision", "prepare", "summary", "teachers", "weighing", "rules",
+        "rules.base", "rules.tokens", "rules.statistics", "rules.evaluate", "rules.compose", "rules.own", "rules.fire",
         "rules.controls", "rules.repairs", "rules.filters", "rules.weights", "rules.masks", "rules.advantages",
         "rules.candidates", "rules.topk", "rules.forward_kl", "rules.expression", "verify.answers", "verify.choice",
         "verify.estimates", "verify.bootstrap", "verify.program", "pyfile", "harmless", "explain.formula",

@@ -168,7 +168,7 @@ def _addon(run: Run, round: int, name: str, source: Work) -> Work:
         elif name == REWARD:
             own = {"verify": graded}
         elif name == "base":
-            own = {"engine": cfg.score.engine, "base": {"dtype": run.base().dtype}}
+            own = {"engine": cfg.score.engine, "base": {"dtype": run.base().dtype}, **cfg.score.rounding}
         work.fields = {"format": FORMAT, **own, **_source(run, source)}
         _compare(run, work)
     except FireError as error:

@@ -13,7 +13,7 @@ from fire_data.rules import own
 from fire_data.run import Run, open_run
 from fire_data.schemas.config import parse_config, parse_yaml, render_config
 from fire_data.schemas.errors import ConfigError
-from fire_data.shards import Part, read_manifest, verify_shard
+from fire_data.shards import Part, put_receipt, read_manifest, verify_shard
 
 _SHARED: tuple[tuple[str, int | str, str | None], ...] = (
     ("rollouts", 0, None),
@@ -108,7 +108,7 @@ def _link(source: Part, target: Part) -> None:
     with files.storage_errors(target.folder):
         for receipt in manifest.shards:
             files.link_or_copy(verify_shard(source, receipt), target.file(receipt.shard))
-            files.create_json(target.receipt_path(receipt.shard), receipt.model_dump(mode="json"), target.tmp)
+            put_receipt(target, receipt)
         files.link_or_copy(source.manifest_path, target.manifest_path)
 
 

@@ -190,10 +190,23 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
                 files.set_aside([final, part.receipt_path(shard.name)], part.orphans)
                 if not files.publish(scratch, final):
                     raise StorageError("a file appeared where a shard goes", where=str(final), fix=part.command)
-                files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
+                put_receipt(part, receipt)
         finally:
             scratch.unlink(missing_ok=True)
     return receipt
+
+
+def put_receipt(part: Part, receipt: Receipt) -> None:
+    """Give a shard that is in place its receipt, with digests of its columns where the table is wide.
+
+    Those are in the receipt's file alone: sealed manifests list all receipts, and every command reads them.
+    """
+    path = part.receipt_path(receipt.shard)
+    if not path.exists():
+        if part.stage in _BY_COLUMN and not receipt.columns:
+            digests = partial.column_digests(part.file(receipt.shard))
+            receipt = receipt.model_copy(update={"columns": digests})
+        files.create_json(path, receipt.model_dump(mode="json"), part.tmp)
 
 
 def require_current(part: Part, fingerprint: str) -> None:
@@ -299,7 +312,7 @@ def adopt(part: Part, shard: Shard, fingerprint: str) -> Receipt | None:
             files.set_aside([path], part.orphans)
             return None
         receipt = _receipt(path, part.table, shard.name, table, fingerprint, 0.0)
-        files.create_json(part.receipt_path(shard.name), receipt.model_dump(mode="json"), part.tmp)
+        put_receipt(part, receipt)
         return receipt
 
 
@@ -342,9 +355,9 @@ def read_shard(
     every column no others are read or compared.
     """
     path = part.file(receipt.shard)
-    if columns is not None and receipt.columns:
+    if columns is not None and (known := _with_columns(part, receipt)):
         with contextlib.suppress(OSError):
-            found = partial.read_columns(path, receipt, columns, optional)
+            found = partial.read_columns(path, known, columns, optional)
             if found is not None:
                 return found
     data = pa.BufferReader(_verified(part, receipt))
@@ -355,12 +368,23 @@ def read_shard(
 
 def read_schema(part: Part, receipt: Receipt) -> pa.Schema:
     """The columns of a shard with their types. Raises DamagedError."""
-    if receipt.columns:
+    if known := _with_columns(part, receipt):
         with contextlib.suppress(OSError):
-            found = partial.read_schema(part.file(receipt.shard), receipt)
+            found = partial.read_schema(part.file(receipt.shard), known)
             if found is not None:
                 return found
     return pq.read_schema(pa.BufferReader(_verified(part, receipt)))
+
+
+def _with_columns(part: Part, receipt: Receipt) -> Receipt | None:
+    """A receipt with the digests that are in its file, if that is the receipt of the same bytes."""
+    if part.stage not in _BY_COLUMN:
+        return None
+    with contextlib.suppress(DataError, OSError):
+        own = read_receipt(part, receipt.shard)
+        if own is not None and own.columns and own.sha256 == receipt.sha256:
+            return own
+    return None
 
 
 def _verified(part: Part, receipt: Receipt) -> bytes:

@@ -261,7 +261,8 @@ def seal(
     part: Part, manifest: Manifest, receipts: list[Receipt], stats: dict[str, Any], recorded: dict[str, Any]
 ) -> Manifest:
     """Replace the open manifest by the sealed one: from now on later stages accept this one."""
-    values = {"state": "sealed", "shards": tuple(receipts), "stats": stats, "recorded": recorded}
+    shards = tuple(r.model_copy(update={"columns": {}}) for r in receipts)  # those are in the receipts' files
+    values = {"state": "sealed", "shards": shards, "stats": stats, "recorded": recorded}
     finished = manifest.model_copy(update=values)
     with files.locked(part.lock):
         require_current(part, manifest.fingerprint)

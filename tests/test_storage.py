@@ -654,7 +654,7 @@ def test_few_columns_are_read_without_the_bytes_of_the_others(tmp_path: Path, mo
         return fill(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", counted)
-    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("the whole file was read"))
+    monkeypatch.setattr(shards, "_verified", lambda *_: pytest.fail("the whole file was read"))
     few = read_shard(part, receipt, ["length", "teacher_logprob"], optional=["reverse_kl", "no_such_column"])
     assert few.equals(expected.select(["length", "teacher_logprob", "reverse_kl"]))
     assert len(read) == 5, "the footer's length, the footer, three columns"
@@ -663,7 +663,16 @@ def test_few_columns_are_read_without_the_bytes_of_the_others(tmp_path: Path, mo
 
 def test_receipts_without_digests_of_columns_are_still_read(tmp_path: Path) -> None:
     part, receipt = scored_shard(tmp_path)
+    wanted = (["length"], ["teacher_logprob", "trajectory_id"])
+    expected, schema = [read_shard(part, receipt, columns) for columns in wanted], read_schema(part, receipt)
     older = receipt.model_copy(update={"columns": {}})
-    for columns in (["length"], ["teacher_logprob", "trajectory_id"]):
-        assert read_shard(part, older, columns).equals(read_shard(part, receipt, columns))
-    assert read_schema(part, older) == read_schema(part, receipt)
+    part.receipt_path("00000").write_text(older.model_dump_json())
+    assert all(read_shard(part, receipt, c).equals(t) for c, t in zip(wanted, expected, strict=True))
+    assert read_schema(part, receipt) == schema
+
+
+def test_sealed_manifests_do_not_repeat_the_digests_of_columns(tmp_path: Path) -> None:
+    part, receipt = scored_shard(tmp_path)
+    assert set(receipt.columns) == {"", *few_scores().column_names}
+    (listed,) = sealed(part).shards
+    assert listed == receipt.model_copy(update={"columns": {}})

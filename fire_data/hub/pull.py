@@ -44,7 +44,7 @@ from fire_data.schemas.errors import (
 )
 from fire_data.schemas.manifest import Receipt
 from fire_data.schemas.tables import conform
-from fire_data.shards import Part, intact
+from fire_data.shards import Part, intact, put_receipt
 from fire_data.stages import Reporter, Silent
 
 _LARGEST_CONFIG = 1 << 20  # bytes
@@ -224,7 +224,7 @@ def _take(hub: Repository, path: str, commit: str, part: Part, receipt: Receipt)
     """Bring one shard into the run. False if it was there, whole. One that was damaged is set aside first."""
     final = part.file(receipt.shard)
     if intact(final, receipt):
-        files.create_json(part.receipt_path(receipt.shard), receipt.model_dump(mode="json"), part.tmp)
+        put_receipt(part, receipt)
         return False
     scratch = _scratch(part.root)
     loaded = hub.download(path, commit, scratch)
@@ -243,7 +243,7 @@ def _take(hub: Repository, path: str, commit: str, part: Part, receipt: Receipt)
         files.fsync_file(loaded)
         files.set_aside([final, part.receipt_path(receipt.shard)], part.orphans)
         files.publish(loaded, final)
-        files.create_json(part.receipt_path(receipt.shard), receipt.model_dump(mode="json"), part.tmp)
+        put_receipt(part, receipt)
     loaded.unlink(missing_ok=True)
     return True
 

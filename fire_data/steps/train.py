@@ -176,7 +176,8 @@ class _Training:
         session.forget("student")
         self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
         if self.cfg.lora is not None:
-            lora.attach(self.model, self.cfg.lora, self.run.config.seed, called(start.model, self.run.root))
+            name = called(start.model, self.run.root)
+            lora.attach(self.model, self.cfg.lora, self.run.config.seed, name, start.revision)
         self.head = models.head_of(self.model)
         distributed.shard(self.model, self.cfg.device)
         self.writes = distributed.first()

@@ -34,7 +34,7 @@ from fire_data.run import Run
 from fire_data.sampling import Sampling
 from fire_data.schedule import hash_text
 from fire_data.schemas.errors import EngineError
-from fire_data.schemas.manifest import Manifest, Shard
+from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import IDS, conform
 from fire_data.shards import read_shard, sealed
 from fire_data.stages import Stage, plan_shards, run_stage
@@ -52,6 +52,7 @@ SIZES: measure.Sizes = {
     "wait": (0.2, 0.01, "seconds"),
     "folder": ("", "", "where run directories are made; default: a temporary one"),
 }
+Generate = Callable[[pa.Table, Sampling], pa.Table]
 GROUPS = {name: ["many", "few"] for name in ("calm", "stage", "again", "look", "weigh")}
 
 
@@ -64,7 +65,7 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     if group in ("calm", "stage"):
         kills = options.kills if group == "stage" else 0
         return lambda: _made(next(fresh), count, options, kills)
-    run = _new(next(fresh), count, options)
+    run = new_run(next(fresh), count, options)
     if group == "weigh":
         plan_ = plan_shards(count * options.rows, options.rows)
         run_stage(Stage(run.part("scores", 0), {"made": "synthetic"}, plan_), lambda s: synthetic(s, options.length))
@@ -83,7 +84,8 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     return timed
 
 
-def _new(root: Path, count: int, options: argparse.Namespace) -> Run:
+def new_run(root: Path, count: int, options: argparse.Namespace) -> Run:
+    """A run directory with one prompt for each row of so many shards."""
     (root.parent / "prompts.jsonl").write_text(
         "".join(f'{{"prompt_id": "{i}", "prompt": "{i}"}}\n' for i in range(count * options.rows))
     )
@@ -94,8 +96,12 @@ def _new(root: Path, count: int, options: argparse.Namespace) -> Run:
 
 def _made(root: Path, count: int, options: argparse.Namespace, kills: int) -> measure.Done:
     """Everything from an empty run directory to a sealed stage without a gap and without a row twice."""
-    run = _new(root, count, options)
-    manifest = _until_sealed(run, count, options, kills)
+    run = new_run(root, count, options)
+    return complete(run, _until_sealed(run, count, options, kills), count, options)
+
+
+def complete(run: Run, manifest: Manifest, count: int, options: argparse.Namespace) -> measure.Done:
+    """That every shard and every row is there once."""
     part = run.part("rollouts", 0)
     assert len(manifest.shards) == len(list(part.folder.iterdir())) == len(list(part.receipts.iterdir())) == count
     assert sum(r.rows for r in manifest.shards) == count * options.rows
@@ -107,8 +113,7 @@ def _made(root: Path, count: int, options: argparse.Namespace, kills: int) -> me
 
 def _until_sealed(run: Run, count: int, options: argparse.Namespace, kills: int) -> Manifest:
     """The command again and again. Which calls fail and which shards are slow is a function of numbers, not of time."""
-    stage = Stage(run.part("rollouts", 0), {"made": "fake"}, plan_shards(count * options.rows, options.rows))
-    engine = FakeGenerator(Vocabulary(100, np.ones(100, dtype=np.bool_)), frozenset([0]))
+    stage, engine = stage_of(run, count, options), fake()
     calls, lock = itertools.count(1), threading.Lock()
     every = max(2, count // kills) if kills else 0
 
@@ -119,21 +124,40 @@ def _until_sealed(run: Run, count: int, options: argparse.Namespace, kills: int)
             raise EngineError("killed, as told", where=shard.name)
         if every and int(hash_text(shard.name), 16) % 10_000 < options.slow * 10_000:
             time.sleep(options.wait)
-        names = [f"trajectory {i}" for i in range(shard.start, shard.stop)]
-        requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([[1, 2]] * len(names), IDS)})
-        answers = engine.generate(requests, Sampling(seed=0, max_new_tokens=options.length))
-        table = pa.table({n: t[n] for t in (requests, answers) for n in t.column_names})
-        for name, value in {"prompt_id": "p", "round": 0, "sample": 0, "response": "r"}.items():
-            table = table.append_column(name, pa.array([value] * len(names)))
-        told = pa.array([[{"role": "user", "content": "c"}]] * len(names))
-        return conform(table.append_column("messages", told), "rollouts", shard.name)
+        return rollouts(shard, engine.generate, options)
 
     while True:
         try:
-            return run_stage(stage, make, lambda done: {"tokens": sum(r.tokens for r in done)},
-                             lanes=options.lanes if kills else 1)  # fmt: skip
+            return run_stage(stage, make, tokens, lanes=options.lanes if kills else 1)
         except EngineError:
             continue
+
+
+def stage_of(run: Run, count: int, options: argparse.Namespace) -> Stage:
+    """The stage that is made."""
+    return Stage(run.part("rollouts", 0), {"made": "fake"}, plan_shards(count * options.rows, options.rows))
+
+
+def tokens(receipts: list[Receipt]) -> dict[str, int]:
+    """What its manifest says."""
+    return {"tokens": sum(r.tokens for r in receipts)}
+
+
+def fake() -> FakeGenerator:
+    """The engine, which loads no model."""
+    return FakeGenerator(Vocabulary(100, np.ones(100, dtype=np.bool_)), frozenset([0]))
+
+
+def rollouts(shard: Shard, generate: Generate, options: argparse.Namespace) -> pa.Table:
+    """The rows of a shard, whatever engine writes them."""
+    names = [f"trajectory {i}" for i in range(shard.start, shard.stop)]
+    requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([[1, 2]] * len(names), IDS)})
+    answers = generate(requests, Sampling(seed=0, max_new_tokens=options.length))
+    table = pa.table({n: t[n] for t in (requests, answers) for n in t.column_names})
+    for name, value in {"prompt_id": "p", "round": 0, "sample": 0, "response": "r"}.items():
+        table = table.append_column(name, pa.array([value] * len(names)))
+    told = pa.array([[{"role": "user", "content": "c"}]] * len(names))
+    return conform(table.append_column("messages", told), "rollouts", shard.name)
 
 
 def _weighed(run: Run) -> int:

@@ -5,6 +5,10 @@ of ids, the level of zstd, the chunking by content. Per column, the last table s
 token as written now, and the smallest setting found. Every setting is read back and compared. `--run` measures the
 tables of a run of your own; the default is synthetic: ids by a Zipf law over 151,936, logprobs and entropies of
 distributions drawn at random, whose mantissas, as real ones, do not compress. Times: seconds, writing and reading.
+
+The last part is not lossless: scores whose columns are rounded to so many mantissa bits, as `score.precision: reduced`
+does with one number of them. With each its bound of the relative error, and what it does to the coefficients of the
+rule `fire`: the mean and the largest change, as a share of the mean coefficient's size, and rows whose `keep` differs.
 """
 
 from __future__ import annotations
@@ -28,8 +32,10 @@ import pyarrow.parquet as pq
 from weigh import synthetic
 
 import fire_data
+from fire_data.precision import reduced
 from fire_data.schemas.manifest import Shard
-from fire_data.schemas.tables import columns_of, conform
+from fire_data.schemas.tables import SUMMARIES, columns_of, conform
+from fire_data.scoring import summarise
 from fire_data.shards import parquet_settings
 
 SIZES: measure.Sizes = {
@@ -38,13 +44,15 @@ SIZES: measure.Sizes = {
     "run": ("", "", "a run directory whose first shards are measured; default: synthetic tables"),
 }
 VOCABULARY = 151_936
+MANTISSA = 23  # bits of a float32
+BITS = (7, 8, 9, 10, 11, 12, 14, 16)
 
 
 def main() -> None:
     options = measure.parse(__doc__ or "", SIZES)
     pa.set_cpu_count(options.threads)
-    groups = {}
-    for name, table in tables(options).items():
+    groups, given = {}, tables(options)
+    for name, table in given.items():
         tokens = pc.sum(pc.list_value_length(table[leader(name)])).as_py()
         actions = {c: functools.partial(written, table, s) for c, s in variants(table).items()}
         timed = measure.alternate(actions, options.repeat)
@@ -55,10 +63,51 @@ def main() -> None:
                 "seconds": [w + r for _, w, r in results], "write_s": [w for _, w, _ in results],
                 "read_s": [r for _, _, r in results], "tokens": tokens, "bytes_per_token": size / tokens,
             }  # fmt: skip
-        groups[name] = measure.summarise(found) | {"columns": columns(table, tokens)}
+        groups[name] = measure.summarise(found) | {"columns": columns(table, tokens, variants(table))}
+    rounded = rounding(given["scores"])
     settings = {k: getattr(options, k) for k in (*SIZES, "repeat", "threads", "smoke")}
-    print(json.dumps({"bench": "storage", "python": platform.python_version(), "settings": settings, "groups": groups}))
-    print("\n".join(told(groups)), file=sys.stderr)
+    found = {"bench": "storage", "python": platform.python_version(), "settings": settings, "groups": groups}
+    print(json.dumps(found | {"rounded": rounded}))
+    print("\n".join([*told(groups), *_told_rounded(rounded)]), file=sys.stderr)
+
+
+def rounding(scores: pa.Table) -> list[dict[str, float]]:
+    """Scores whose columns are rounded, exact ones first: bytes per token, and what becomes of the coefficients."""
+    tokens = pc.sum(pc.list_value_length(scores["response_ids"])).as_py()
+    exact = _coefficients(scores)
+    size = np.abs(exact.explode("coefficient")["coefficient"].to_numpy()).mean()
+    lines = []
+    for bits in (MANTISSA, *BITS):
+        table = scores if bits == MANTISSA else summarised(reduced(scores, "scores", bits))
+        made = _coefficients(table)
+        both = (f.explode("coefficient")["coefficient"].to_numpy() for f in (exact, made))
+        off = np.abs(np.subtract(*both, dtype=np.float64)) / size
+        lines.append({
+            "mantissa_bits": bits, "bytes_per_token": written(table, parquet_settings(table.schema))[0] / tokens,
+            "list_bytes": columns(table, tokens, {"fire": parquet_settings(table.schema)})["teacher_logprob"]["fire"],
+            "relative_error": 2.0 ** -(bits + 1), "coefficient_mean": float(off.mean()),
+            "coefficient_max": float(off.max()), "keep_differs": int((exact["keep"] != made["keep"]).sum()),
+        })  # fmt: skip
+    return lines
+
+
+def summarised(table: pa.Table) -> pa.Table:
+    """The table with the sums of its columns as they are now."""
+    return conform(
+        summarise(table.drop_columns([c.name for c in SUMMARIES if c.name in table.column_names])), "scores", ""
+    )
+
+
+def _coefficients(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    return fire_data.weigh(frame, "fire", batch_size=64).select("keep", "coefficient").collect()
+
+
+def _told_rounded(lines: list[dict[str, float]]) -> list[str]:
+    names = ("mantissa_bits", "relative_error", "bytes_per_token", "list_bytes", "coefficient_mean", "coefficient_max",
+             "keep_differs")  # fmt: skip
+    return ["", "".join(f"{n:>18}" for n in names), *("".join(f"{x[n]:>18.4g}" for n in names) for x in lines)]
 
 
 def told(groups: dict[str, Any]) -> list[str]:
@@ -126,10 +175,10 @@ def written(table: pa.Table, settings: dict[str, Any]) -> tuple[int, float, floa
     return target.getbuffer().nbytes, middle - started, ended - middle
 
 
-def columns(table: pa.Table, tokens: int) -> dict[str, dict[str, float]]:
+def columns(table: pa.Table, tokens: int, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """By column, bytes per token under each setting, without the footer, largest first."""
     found: dict[str, dict[str, float]] = {name: {} for name in table.column_names}
-    for case, settings in variants(table).items():
+    for case, settings in cases.items():
         target = io.BytesIO()
         pq.write_table(table, target, row_group_size=max(1, table.num_rows), **settings)
         metadata = pq.read_metadata(pa.BufferReader(target.getbuffer()))

@@ -3,12 +3,12 @@
 `trl`: an update of TRL 1.16 on the same completions, its own rollouts replaced by ours, with a teacher of the student's
 size unless told otherwise: teacher and both heads run in its step, ours reads one number per token. Both in the same
 precision, with or without recomputation. Left out where TRL cannot be imported. `step`: the same loss written plainly,
-with logits of all positions and the same micro-batches; loss and gradient norm must agree. `half`: ours with half of
+with logits of all positions and the same micro-batches, and ours with packed rows (`train.packing: on`, attention of
+the model's default) or recomputed activations; loss and gradient norm must agree. `half`: ours with half of
 the coefficients 0 against ours with all; `head half`: the same for the head alone, all positions in one chunk. `head`:
 the head alone against its three matrix products without anything else, and against autograd with recomputation.
-`packing`: rows one after the other against padded rows (`train.packing: on` and `off`), with the model's default
-attention. `checkpointing`: with recomputed activations against kept ones; read its memory. `flat`: `fire train` from
-loading to export over many shards against a tenth of them, tiny model and fake scores; its memory must be the same.
+`lora`: adapters at rank 32 against all weights. `flat`: `fire train` from loading to export over many shards against a
+tenth of them, tiny model and fake scores; its memory must be the same.
 Lengths are lognormal. Response tokens per second, those without coefficient included.
 """
 
@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from fire_data import lora
 from fire_data.create import init_run
 from fire_data.demo.world import Sizes, make_tokenizer, new_model, save
 from fire_data.fused_head import head_backward, token_logprobs
@@ -40,7 +42,7 @@ from fire_data.models import head_of
 from fire_data.optim import make_optimizer
 from fire_data.packing import flatten, micro_batches, pad, response_index
 from fire_data.run import open_run
-from fire_data.schemas.config import TrainConfig
+from fire_data.schemas.config import LoraConfig, TrainConfig
 from fire_data.session import Session
 from fire_data.shards import sealed
 from fire_data.steps.rollout import rollout
@@ -64,19 +66,18 @@ SIZES: measure.Sizes = {
     "trl_rows": (4, 2, "TRL's per_device_train_batch_size; the rest of the step is accumulated"),
     "checkpointing": (0, 0, "1: recompute activations, in ours, plain and TRL"),
     "vocabulary": (151936, 256, "vocabulary size"),
-    "shards": (100, 20, "`flat`: shards of the longer run; the other has a tenth"),
+    "shards": (100, 10, "`flat`: shards of the longer run; the other has a tenth"),
     "shard_rows": (32, 2, "`flat`: trajectories of a shard, and of a step"),
     "compute_dtype": ("float32", "float32", "float32 or bfloat16, of ours and TRL; plain stays in float32"),
     "device": ("cpu", "cpu", "cpu or cuda"),
 }
 GROUPS = {
     "trl": ["fire", "trl"],
-    "step": ["fire", "plain"],
+    "step": ["fire", "packed", "recomputed", "plain"],
     "half": ["half", "all"],
+    "lora": ["lora", "all"],
     "head half": ["half", "all"],
     "head": ["fire", "products", "autograd"],
-    "packing": ["on", "off"],
-    "checkpointing": ["recomputed", "kept"],
     "flat": ["many", "few"],
 }
 
@@ -89,11 +90,8 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
     batch = make_batch(options, share=0.5 if case == "half" else 1.0)
     if group in ("head", "head half"):
         return head_alone(case, batch, options)
-    if group == "packing":
-        return fire(batch, options, packing=case)
-    if group == "checkpointing":
-        return fire(batch, options, gradient_checkpointing=case == "recomputed")
-    work = {"trl": trl, "plain": plain}.get(case, fire)(batch, options)
+    changes = {"packed": {"packing": "on"}, "recomputed": {"gradient_checkpointing": True}}.get(case, {})
+    work = {"trl": trl, "plain": plain, "lora": adapters}.get(case, partial(fire, **changes))(batch, options)
     return work if group == "step" else lambda: measure.Done(work().tokens)  # others compute something else on purpose
 
 
@@ -131,9 +129,16 @@ def settings(options: argparse.Namespace) -> tuple[TrainConfig, Vocabulary]:
     return cfg, Vocabulary(options.vocabulary, np.ones(options.vocabulary, dtype=np.bool_))
 
 
-def fire(batch: StepBatch, options: argparse.Namespace, **changes: Any) -> measure.Work:
+def adapters(batch: StepBatch, options: argparse.Namespace) -> measure.Work:
+    """Ours, with adapters on every linear layer but the head."""
+    model = make_model(options, options.hidden, options.layers)
+    lora.attach(model, LoraConfig(), seed=0)
+    return fire(batch, options, model)
+
+
+def fire(batch: StepBatch, options: argparse.Namespace, model: Any = None, **changes: Any) -> measure.Work:
     """Ours."""
-    model, (cfg, vocabulary) = make_model(options, options.hidden, options.layers), settings(options)
+    model, (cfg, vocabulary) = model or make_model(options, options.hidden, options.layers), settings(options)
     cfg = cfg.model_copy(update=changes)
     optimizer, head = make_optimizer(model, cfg), head_of(model)
 

@@ -3,21 +3,21 @@
 The scores are synthetic: one shard is made, and the others are its rows under names of their own. `copy` reads with
 pyarrow the token columns that the rule reads and writes as many float lists as weights has, with the settings that all
 shards are written with, and does no arithmetic: no receipts, hashes, fsync, validation or statistics. So it is a limit,
-not a peer. Response tokens per second, whole stage.
+not a peer. `copy of both` reads and writes as many columns as those together. Response tokens per second, whole stage.
 
-With `--threads 1` a case may use one core only, so that writing beside computing gains nothing; with 2, two.
+With `--threads 1` a case may use one core only, so that making two shards at a time gains nothing; with 2, two.
 Peak memory is that of the first repetition in a process of its own, on top of what was there when it began.
-`--tokens 100 --folder F` takes as many shards as 100 million tokens need and keeps the scores. The disk needs about 75
-bytes a token.
+`--tokens 10,100` measures one size after the other, over as many shards as those millions of tokens need. The scores
+are made once for all cases, take about 75 bytes a token of disk, and are removed at the end unless `--keep 1`.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,37 +29,66 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fire_data.create import init_run
-from fire_data.files import locked
 from fire_data.run import Run, open_run
 from fire_data.schemas.manifest import Shard
 from fire_data.schemas.tables import SCORES, conform
 from fire_data.scoring import summarise
-from fire_data.shards import sealed, write_parquet
+from fire_data.shards import is_sealed, sealed, write_parquet
 from fire_data.stages import Stage, plan_shards, run_stage
 from fire_data.steps.weigh import weigh
 
 SIZES: measure.Sizes = {
-    "tokens": (10, 0, "millions of response tokens, about; 0: as many as --shards gives"),
+    "tokens": ("10", "0", "millions of response tokens, about, separated by commas; 0: as many as --shards gives"),
     "shards": (4, 2, "shards, where --tokens is 0"),
     "rows": (2048, 8, "trajectories of a shard"),
     "length": (512, 16, "mean length of a response, tokens"),
     "rule": ("fire", "fire", "weigh.rule"),
     "batch_size": (64, 4, "train.batch_size"),
-    "folder": ("", "", "where the scores are made, once for all cases, and kept; default: a temporary one for each"),
+    "folder": ("", "", "where the scores are made; default: a temporary folder"),
+    "keep": (0, 0, "1: leave the scores in --folder, and use what is there"),
 }
-GROUPS = {"stage": ["fire", "copy"]}
+CASES = ["fire", "copy", "copy of both"]
 READ = ("student_logprob", "student_entropy", "teacher_logprob", "teacher_entropy")
 WRITTEN = ("weight", "advantage", "coefficient")
+MORE = ("reverse_kl", "forward_kl", "student_max_logprob")  # as many as are written
+
+
+def main() -> None:
+    """Make the scores, in a process that is not measured, and measure."""
+    groups = dict.fromkeys(_asked(), CASES)
+    if "--worker" in sys.argv:
+        measure.main(__doc__ or "", SIZES, groups, prepare)
+        return
+    options = measure.parse(__doc__ or "", SIZES, groups)
+    folder = Path(options.folder or tempfile.mkdtemp())
+    sys.argv += ["--folder", str(folder)]  # for the workers
+    made = [folder / group for group in options.only or groups]
+    try:
+        for place in made:
+            scored(options, place)
+        measure.main(__doc__ or "", SIZES, groups, prepare)
+    finally:
+        for place in made if not options.keep else ():
+            shutil.rmtree(place, ignore_errors=True)
+        if not options.folder:
+            shutil.rmtree(folder)
+
+
+def _asked() -> list[str]:
+    """The groups, called after the millions of tokens they have."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tokens")
+    parser.add_argument("--smoke", action="store_true")
+    given, _ = parser.parse_known_args()
+    return [f"{count} million" for count in (given.tokens or SIZES["tokens"][given.smoke]).split(",")]
 
 
 def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
-    """A run directory with sealed scores; a temporary one is removed at the end."""
+    """One case over the scores that were made for its group."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     pa.set_cpu_count(options.threads)
-    guard = locked(Path(options.folder) / "lock") if options.folder else contextlib.nullcontext()
-    with guard:  # both cases begin at the same time
-        run = scored(options)
+    run = scored(options, Path(options.folder) / group)
     source = sealed(run.part("scores", 0))
     tokens = sum(receipt.tokens for receipt in source.shards)
     files = [run.part("scores", 0).file(receipt.shard) for receipt in source.shards]
@@ -77,24 +106,29 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
             table = table.select([0, 1, 2, 3]).rename_columns(["trajectory_id", *WRITTEN])
             write_parquet(copies / file.name, table, "")
 
+    def both() -> None:
+        for file in files:
+            table = pq.read_table(file, columns=["trajectory_id", *READ, *MORE])
+            write_parquet(copies / file.name, table, "")
+
     def work() -> measure.Done:
-        {"fire": fire, "copy": copy}[case]()
+        {"fire": fire, "copy": copy, "copy of both": both}[case]()
         return measure.Done(tokens)
 
     return work
 
 
-def scored(options: argparse.Namespace) -> Run:
-    """The run directory, made unless it is there."""
-    if options.folder and (root := Path(options.folder) / "run").exists():
-        return open_run(root, (f"weigh.rule={options.rule}", f"train.batch_size={options.batch_size}"))
-    folder = Path(options.folder or tempfile.mkdtemp())
-    if not options.folder:
-        atexit.register(shutil.rmtree, folder)
+def scored(options: argparse.Namespace, folder: Path) -> Run:
+    """The run directory, made unless it is there whole."""
+    settings = (f"weigh.rule={options.rule}", f"train.batch_size={options.batch_size}")
+    if (folder / "run").exists() and is_sealed((run := open_run(folder / "run", settings)).part("scores", 0)):
+        return run
+    shutil.rmtree(folder / "run", ignore_errors=True)
     values: dict[str, Any] = {"student": {"model": "none"}, "weigh": {"rule": options.rule}}
     run = init_run(folder / "run", values | {"train": {"batch_size": options.batch_size}})
     first = synthetic(Shard(name="00000", start=0, stop=options.rows), options.length)
-    shards = max(1, round(options.tokens * 1e6 / options.rows / options.length)) if options.tokens else options.shards
+    millions = float(folder.name.partition(" ")[0])
+    shards = max(1, round(millions * 1e6 / options.rows / options.length)) if millions else options.shards
 
     def make(shard: Shard) -> pa.Table:
         names = pa.array([str(i) for i in range(shard.start, shard.stop)])
@@ -138,4 +172,4 @@ def synthetic(shard: Shard, mean_length: int, numbers: Numbers = simple) -> pa.T
 
 
 if __name__ == "__main__":
-    measure.main(__doc__, SIZES, GROUPS, prepare)
+    main()

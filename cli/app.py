@@ -6,17 +6,34 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from . import evals, explain, look, plan, report, share, stages
+from . import evals, explain, look, plan, report, share, stages, track
 from .errors import entry
 from .examples import epilog
+
+_UNBROKEN = "\b\n"  # before a paragraph whose lines a help page leaves as they are
+
+
+class Grouped(TyperGroup):
+    """The application with its commands listed in the groups of `PANELS`."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write one section per group; names begin in one column."""
+        for panel, names in PANELS.items():
+            with formatter.section(panel):
+                width = max(map(len, COMMANDS))
+                formatter.write_dl([(f"{name:<{width}}", self.commands[name].get_short_help_str(79)) for name in names])
+
 
 app = typer.Typer(
     name="fire",
     help="Offline-first on-policy distillation: roll out, score, weigh, train, with tables in between.",
-    epilog=epilog(""),
+    epilog=f"{_UNBROKEN}{epilog('')}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help pages in plain text: importing what draws boxes would double the time to start
+    cls=Grouped,
     context_settings={"help_option_names": ["--help", "-h"]},  # commands inherit it
 )
 
@@ -38,6 +55,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compare": look.compare,
     "report": report.report,
     "rules": look.rules,
+    "track": track.track,
     "push": share.push,
     "pull": share.pull,
     "env": look.env,
@@ -47,7 +65,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 # The groups of the help page.
 PANELS = {
     "A round": ("init", "rollout", "verify", "score", "weigh", "train", "run", "eval"),
-    "Look": ("plan", "status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules"),
+    "Look": ("plan", "status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules", "track"),
     "Share": ("push", "pull"),
     "More": ("env", "demo"),
 }
@@ -71,8 +89,7 @@ def root(
 
 
 for _name, _command in COMMANDS.items():
-    _panel = next(panel for panel, names in PANELS.items() if _name in names)
-    app.command(_name, epilog=epilog(_name), rich_help_panel=_panel)(_command)
+    app.command(_name, epilog=f"{_UNBROKEN}{epilog(_name)}")(_command)
 
 
 def main() -> None:

@@ -88,18 +88,27 @@ def denominators() -> list[str]:
     return list(get_args(Denominator))
 
 
+def trackers() -> list[str]:
+    """What can follow a run."""
+    from fire_data.schemas.config import Tracker
+
+    return list(get_args(Tracker))
+
+
 def settings() -> Offers:
     """Every setting of fire.yaml as `section.field=`, with its line of why."""
     from fire_data.schemas.config import Config
 
+    # Of teachers the names between are the run's own.
+    return _settings({name: field for name, field in Config.model_fields.items() if name != "teachers"})
+
+
+def _settings(fields: dict[str, Any], above: str = "") -> Offers:
     found: Offers = []
-    for name, field in Config.model_fields.items():
+    for name, field in fields.items():
         kinds = (field.annotation, *get_args(field.annotation))
         inner: dict[str, Any] = next((kind.model_fields for kind in kinds if hasattr(kind, "model_fields")), {})
-        if name == "teachers":  # the names between are the run's own
-            continue
-        found += [(f"{name}.{key}=", f.description or "") for key, f in inner.items()]
-        found += [] if inner else [(f"{name}=", field.description or "")]
+        found += _settings(inner, f"{above}{name}.") or [(f"{above}{name}=", field.description or "")]
     return found
 
 

@@ -66,25 +66,16 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
 def entry(app: Callable[[], object]) -> None:
     """Call the whole application: also help and usage, printed before any command starts, leave no traceback."""
-    was_null = _stdout_is_null()
     try:
         app()
     except SystemExit as end:
-        # rich prints the help. When the reader has left, it turns stdout to the null device and ends with 1.
-        if end.code == 1 and _stdout_is_null() and not was_null:
+        if isinstance(end.__context__, BrokenPipeError):  # who reads our output has left
             raise SystemExit(0) from None
         raise
     except OSError as error:
         _debug(error)
         _explain(error)
         raise SystemExit(1) from None
-
-
-def _stdout_is_null() -> bool:
-    try:
-        return os.path.samestat(os.fstat(1), os.stat(os.devnull))
-    except OSError:  # there is no stdout
-        return False
 
 
 def _explain(error: Exception) -> None:

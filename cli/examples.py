@@ -41,6 +41,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("fire train runs/mine", "what fire.yaml names"),
         ("fire train runs/mine --set train.weights=p30", "by another rule"),
         ("fire train runs/mine --launch 2 --redo", "anew, on two GPUs"),
+        ("fire train runs/mine --tracker trackio", "curves while it trains"),
         ("fire train runs/theirs --from hf://datasets/user/name", "shared scores"),
     ),
     "verify": (
@@ -100,6 +101,10 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("fire rules fire-paper", "formula, parameters and source of one"),
         ("fire rules fire+repetition-guard", "or of several together"),
     ),
+    "track": (
+        ("fire track runs/mine --to tensorboard", "all its curves, afterwards"),
+        ("fire track runs/mine --to wandb", "offline; `wandb sync` sends it"),
+    ),
     "push": (
         ("fire push runs/mine user/name", "private, unless --public"),
         ("fire push runs/mine user/name --round 0", "one round of it"),
@@ -125,4 +130,4 @@ def epilog(command: str) -> str:
     examples = EXAMPLES[command]
     column = max((len(line) for line, why in examples if why), default=0)
     lines = (f"{line:<{column}}  # {why}" if why else line for line, why in examples)
-    return "\n".join(["Examples:", "", *lines])
+    return "\n".join(["Examples:", *lines])

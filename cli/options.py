@@ -59,6 +59,15 @@ Weights = Annotated[
         autocompletion=completion.weights,
     ),
 ]
+TrackerName = Annotated[
+    str | None,
+    typer.Option(
+        "--tracker",
+        metavar="NAME",
+        help="trackio, wandb or tensorboard follows, as train.tracker says",
+        autocompletion=completion.trackers,
+    ),
+]
 Redo = Annotated[bool, flag("--redo", help="set the stage and all that was made from it aside first")]
 Launch = Annotated[
     int,
@@ -91,6 +100,11 @@ def _nearest(root: Path) -> str | None:
     around = next((str(p) for p in root.parents if (p / "fire.yaml").is_file()), None)
     there = {Path(run).name: run for run in completion.runs(f"{root.parent}/")}
     return around or next((there[name] for name in difflib.get_close_matches(root.name, there, n=1)), None)
+
+
+def with_tracker(overrides: list[str] | None, name: str | None) -> list[str]:
+    """What --set says, with what --tracker says of it."""
+    return [*(overrides or []), *([f"train.tracker={name}"] if name is not None else [])]
 
 
 def cluster(run: Run, ray: bool, address: str | None) -> RayConfig | None:

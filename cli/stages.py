@@ -21,12 +21,14 @@ from .options import (
     Rule,
     RunArg,
     Set,
+    TrackerName,
     carried,
     chosen,
     cluster,
     flag,
     open_run,
     round_of,
+    with_tracker,
 )
 from .terminal import Terminal, hint, show, show_one
 
@@ -261,6 +263,7 @@ def train(
         typer.Option(metavar="MODEL", help="with --from: who wrote the dataset's responses, Hub id or folder"),
     ] = None,
     launch: Launch = 1,
+    tracker: TrackerName = None,
     redo: Redo = False,
     overrides: Set = None,
     as_json: Json = False,
@@ -280,6 +283,7 @@ def train(
         from fire_data.schemas.errors import ConfigError
 
         raise ConfigError("--student goes with --from", fix=f"fire train {run} --set student.model={student}")
+    overrides = with_tracker(overrides, tracker)
     from fire_data.shards import is_sealed, sealed
 
     with one_voice():
@@ -312,6 +316,7 @@ def run_rounds(
     run: RunArg,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="rounds in all, not more rounds")] = 1,
     launch: Launch = 1,
+    tracker: TrackerName = None,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -321,6 +326,7 @@ def run_rounds(
     alone, and after a kill the same command continues.
     """
     refuse_members()
+    overrides = with_tracker(overrides, tracker)
     opened = open_run(run, overrides)
     from fire_data.session import Session
     from fire_data.steps.refresh import refresh

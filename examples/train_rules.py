@@ -25,7 +25,8 @@ from fire_data.run import open_run
 from fire_data.session import Session
 from fire_data.shards import read_manifest
 from fire_data.steps.evaluate import evaluate
-from fire_data.steps.refresh import refresh, round_row
+from fire_data.steps.refresh import refresh
+from fire_data.steps.rounds import round_row
 
 BASELINE = "uniform"
 COMPOSED = ("prompt-gate+fire-weights", "fire+repetition-guard", "keep-corrections+fire-weights")

@@ -18,7 +18,8 @@ from typing import Any
 
 PACKAGES = (
     "fire-opd", "torch", "transformers", "safetensors", "polars", "pyarrow", "numpy", "pydantic", "huggingface-hub",
-    "typer", "rich", "vllm", "ray", "httpx", "stamina", "altair", "vl-convert-python", "datasets", "math-verify",
+    "typer", "rich", "peft", "vllm", "ray", "httpx", "stamina", "altair", "vl-convert-python", "datasets",
+    "math-verify", "tensorboard", "trackio", "wandb",
 )  # fmt: skip
 # Variables that change what is computed, where it comes from or how it is shown, and say nothing of who asks.
 VARIABLES = (

@@ -57,7 +57,9 @@ def head_backward(
     slices = chunks(len(ids_TK), width * wide.itemsize, budget_bytes)
     found = [(states_TD.new_zeros(ids_TK.shape, dtype=wide)[:0], states_TD[:0])]
     if not slices:
-        torch.autograd.backward(head(states_TD[:0]).sum())  # the gradient of nothing is 0, not missing
+        nothing = head(states_TD[:0]).sum()
+        if nothing.requires_grad:
+            torch.autograd.backward(nothing)  # the gradient of nothing is 0, not missing
     elif linear is None:
         found += [_through_autograd(states_TD[s], head, ids_TK[s], partial(loss, s), vocabulary) for s in slices]
     else:

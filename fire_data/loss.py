@@ -110,6 +110,7 @@ def ratio_statistics(logprob: Tensor, old_logprob: Tensor, coefficient: Tensor, 
         drift_kl: Σ (r − 1 − log r), the sampled estimator of KL(old || now) on tokens drawn from the old policy
             (E_old[r] = 1, so E_old[r − 1 − log r] = E_old[−log r]; no term is negative). "k3" of Schulman 2020,
             http://joschu.net/blog/kl-approx.html. An estimate from the sampled tokens, not the exact KL.
+        ratio, ratio_squares: Σ r and Σ r², see `effective_share`.
         clipped: active tokens whose gradient the clip range removes: c > 0 and r > 1+ε, or c < 0 and r < 1−ε.
         max_ratio: the largest r (0 without tokens). The one entry that merges by maximum.
 
@@ -128,6 +129,8 @@ def ratio_statistics(logprob: Tensor, old_logprob: Tensor, coefficient: Tensor, 
         "active": (coefficient != 0).sum(),
         "abs_log_ratio": log_ratio.abs().sum(),
         "drift_kl": (torch.expm1(bounded) - bounded).sum(),
+        "ratio": ratio.sum(),
+        "ratio_squares": ratio.square().sum(),
         "clipped": clipped.sum(),
         "max_ratio": ratio.max() if ratio.numel() else ratio.sum(),
     }
@@ -140,6 +143,23 @@ def add_statistics(parts: list[dict[str, Tensor]]) -> dict[str, float]:
         values = torch.stack([part[key] for part in parts]).cpu()
         merged[key] = float(values.max() if key == "max_ratio" else values.sum())
     return merged
+
+
+def effective_share(statistics: dict[str, float]) -> float:
+    """Effective sample size of the ratios as a fraction of the tokens: (Σ r)² / (n Σ r²), from merged statistics.
+
+    1 if all ratios are equal, 1/n if one token carries all (Kish 1965); 1 without tokens. Unlike `drift_kl` it sees a
+    few tokens with a large ratio.
+    """
+    tokens = statistics.get("tokens", 0.0)
+    return statistics["ratio"] ** 2 / (tokens * statistics["ratio_squares"]) if tokens else 1.0
+
+
+def crossed_bound(drift_kl: float, ess: float, max_drift_kl: float | None, min_ess: float | None) -> str | None:
+    """The setting whose bound a step's drift crosses, `max_drift_kl` or `min_ess`; None if none does."""
+    if max_drift_kl is not None and drift_kl > max_drift_kl:
+        return "max_drift_kl"
+    return "min_ess" if min_ess is not None and ess < min_ess else None
 
 
 def _same_shape(logprob: Tensor, old_logprob: Tensor, coefficient: Tensor) -> None:

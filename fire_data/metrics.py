@@ -1,4 +1,8 @@
-"""`RUN/metrics.jsonl`: one JSON object per optimizer step, each step once however often training was killed."""
+"""`RUN/metrics.jsonl`: one JSON object per optimizer step, each step once however often training was killed.
+
+A line with `stopped_by` is no step: its round ended there, before the update that the line is about. The next step has
+the same `global_step`, and belongs to a later round.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +34,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def rewind(path: Path, global_step: int, tmp: Path) -> None:
-    """Forget steps from `global_step` on, and torn lines: they are about to be done again."""
+def steps(path: Path, round: int | str | None = None) -> list[dict[str, Any]]:
+    """The lines that are optimizer steps, of one round or of all."""
+    return [r for r in read(path) if "stopped_by" not in r and round in (None, r.get("round"))]
+
+
+def rewind(path: Path, global_step: int, round: int, tmp: Path) -> None:
+    """Forget what is from this step of this round on, and torn lines: it is about to be done again."""
     if not path.exists():
         return
-    kept = [r for r in read(path) if r.get("global_step", -1) < global_step]
+    kept = [r for r in read(path) if (r.get("global_step", -1), r.get("round", -1)) < (global_step, round)]
     files.replace_bytes(path, "".join(json.dumps(r) + "\n" for r in kept).encode(), tmp)

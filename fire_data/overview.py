@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fire_data import files
+from fire_data import files, trackers
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import Receipt
@@ -199,5 +199,6 @@ def _require_start(run: Run, number: int) -> None:
 
 
 def _set_states_aside(run: Run, number: int) -> None:
-    """Training states of a round that is done again, and of later ones."""
-    files.set_aside([p for r, p in _states(run.root) if r >= number], run.root / ".fire" / "orphans")
+    """Training states of a round that is done again, and of later ones; trackers get a new run for what comes."""
+    states = [p for r, p in _states(run.root) if r >= number]
+    files.set_aside([*states, trackers.id_path(run.root)], run.root / ".fire" / "orphans")

@@ -19,9 +19,8 @@ import torch
 from fire_data.topk import GROUP, best
 from fire_data.vocabulary import Vocabulary, lowest
 
-_BLOCK = 1 << 18  # logits of a block on a CPU: 1 MiB in fp32
-_TILE = 1 << 17  # logits of a tile on a CPU
-_THREAD_TILE = 1 << 15  # the same where threads work side by side: torch does not spread so few over more threads
+_BLOCK = 1 << 21  # logits of a block on a CPU: 8 MiB in fp32
+_TILE = 1 << 17  # logits of a tile on a CPU: four such tensors fit into a core's cache
 _DEVICE_BLOCK = 1 << 24  # logits of a block elsewhere, in one tile: 64 MiB in fp32
 _SUMS = ("sum", "dot", "gap", "larger", "cross")
 
@@ -96,8 +95,13 @@ def row_sums(
         if threads == 1:
             parts = span(0, careful)
         else:
-            with ThreadPoolExecutor(threads) as pool:
-                parts = [part for some in pool.map(lambda i: span(i, careful), range(threads)) for part in some]
+            before = torch.get_num_threads()
+            try:
+                # The number is each thread's own: their operations are not spread over more of them.
+                with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                    parts = [part for some in pool.map(lambda i: span(i, careful), range(threads)) for part in some]
+            finally:
+                torch.set_num_threads(before)
         together = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
         return together | dict(zip(_SUMS, together.pop("sums").unbind(2), strict=True))
 
@@ -112,10 +116,9 @@ def _shape(models: int, positions: int, width: int, device: torch.device) -> tup
     """Rows of a block and columns of a tile, the latter whole groups."""
     if device.type != "cpu":
         return max(1, min(positions, _DEVICE_BLOCK // (models * max(1, width)))), width
-    tile = _TILE if torch.get_num_threads() == 1 else _THREAD_TILE
-    rows = max(1, min(positions, _BLOCK // (models * max(1, width)), tile // (models * GROUP)))
+    rows = max(1, min(positions, _BLOCK // (models * max(1, width)), _TILE // (models * GROUP)))
     groups = width // GROUP
-    tiles = max(1, -(-groups // max(1, tile // (models * rows * GROUP))))
+    tiles = max(1, -(-groups // max(1, _TILE // (models * rows * GROUP))))
     return rows, max(1, -(-groups // tiles)) * GROUP
 
 

@@ -9,7 +9,7 @@ import gc
 import threading
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fire_data import chat, vocabulary
 from fire_data.outside import Outside, called
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Follows(Protocol):
+    """A tracker that is told of a run (`fire_data.steps.track`)."""
+
+    def catch_up(self) -> None: ...
+    def step(self, record: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
 class Session:
     """What the stages of one run share in one process."""
 
@@ -38,6 +46,7 @@ class Session:
         self._verified: set[str] = set()
         # Shards that are made in threads must not do some things at the same time: open a model, render a prompt.
         self.lock = threading.RLock()
+        self.follower: Follows | None = None  # the tracker, from the first round that is trained here
         self.outside = Outside(run, self.report, self.lock, self._fingerprint, ray)
         if run.config.threads:
             import torch
@@ -50,6 +59,13 @@ class Session:
     def __exit__(self, *error: object) -> None:
         """End what lives outside of this process."""
         self.outside.close()
+        self.unfollow()
+
+    def unfollow(self) -> None:
+        """Let the tracker bring what it was told to where it goes. What comes later is told to another run of it."""
+        if self.follower is not None:
+            self.follower.close()
+        self.follower = None
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -74,7 +74,7 @@ def _standing(run: Run, part: Part, seen: Seen) -> Standing:
 
 def _trained(run: Run, part: Part, manifest: Manifest) -> tuple[int, int, int]:
     """Optimizer steps done, in all, and the response tokens they were about."""
-    records = [r for r in metrics.read(run.root / "metrics.jsonl") if r.get("round") == part.round]
+    records = metrics.steps(run.root / "metrics.jsonl", part.round)
     tokens = sum(r.get("tokens", 0) for r in records)
     if manifest.sealed:
         return manifest.stats["steps"], manifest.stats["steps"], tokens

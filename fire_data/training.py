@@ -25,7 +25,14 @@ from fire_data import distributed
 from fire_data.batch import StepBatch, topk_of
 from fire_data.fused_head import Loss, head_backward, token_logprobs
 from fire_data.head import Head
-from fire_data.loss import add_statistics, forward_kl_loss, ratio_statistics, surrogate_loss
+from fire_data.loss import (
+    add_statistics,
+    crossed_bound,
+    effective_share,
+    forward_kl_loss,
+    ratio_statistics,
+    surrogate_loss,
+)
 from fire_data.models import hidden_states
 from fire_data.optim import learning_rate
 from fire_data.packed import packed_states, packs
@@ -58,8 +65,13 @@ def train_step(
     cfg: TrainConfig,
     vocabulary: Vocabulary,
     global_step: int,
+    *,
+    gauge: bool = False,
 ) -> dict[str, Any]:
     """Do one optimizer step (or skip it, if no token is kept) and return its metrics.
+
+    With `gauge` a step whose drift, measured before its update, crosses `train.max_drift_kl` or `train.min_ess` is not
+    applied: weights and moments are as before, and `stopped_by` in the metrics names the setting.
 
     Only tokens with a coefficient other than 0, of either stream, can contribute: the head is applied to these alone,
     a row goes through the model up to the last of them, and rows without any (dropped by the filter) not at all.
@@ -67,10 +79,11 @@ def train_step(
     Metrics: `loss`, `grad_norm` (before clipping), `lr`, `tokens` (response tokens of the step), `kept_tokens`,
     `trained_tokens` (those with a coefficient), `skipped`, `seconds`, `tokens_per_second` (response tokens of the rows
     with any); and over the trained tokens `ratio_mean_abs` (mean |log r|, nats), `ratio_max`, `drift_kl` (nats per
-    token, see `ratio_statistics`) and `clip_fraction` (of those of the first stream). The other tokens are not looked
-    at, so these four compare the steps of one run, and runs whose rules mask the same share of tokens. With a
-    forward-KL term `loss` includes it and `fkl_loss` is that term. A skipped step has None for all that was not
-    computed; a step without a trained token has 0 in the four.
+    token, see `ratio_statistics`), `ess` (a fraction, see `effective_share`) and `clip_fraction` (of those of the first
+    stream). The other tokens are not looked at, so these five compare the steps of one run, and runs whose rules mask
+    the same share of tokens. With a forward-KL term `loss` includes it and `fkl_loss` is that term. A skipped step has
+    None for all that was not computed; a step without a trained token is one of an unmoved policy: `ess` 1, else 0. One
+    that was not applied has the five, and nothing of an update.
 
     Raises:
         DataError: a candidate of the teacher's top-k is no id the student can learn (see `topk_of`).
@@ -84,13 +97,20 @@ def train_step(
     second = ("fkl_loss",) if batch.fkl_coefficient is not None else ()
     if not batch.kept_tokens:
         metrics["trained_tokens"] = 0
-        names = ("loss", "grad_norm", "ratio_mean_abs", "ratio_max", "drift_kl", "clip_fraction", "tokens_per_second")
-        skipped = dict.fromkeys((*names, *second))
+        names = ("loss", "grad_norm", "ratio_mean_abs", "ratio_max", "drift_kl", "ess", "clip_fraction")
+        skipped = dict.fromkeys((*names, "tokens_per_second", *second))
         return metrics | skipped | {"skipped": True, "seconds": time.perf_counter() - started}
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     loss, fkl_loss, statistics = _accumulate(model, head, batch, cfg, vocabulary)
+    drift = _drift(statistics)
+    bound = crossed_bound(drift["drift_kl"], drift["ess"], cfg.max_drift_kl, cfg.min_ess) if gauge else None
+    if bound is not None:
+        optimizer.zero_grad(set_to_none=True)
+        del metrics["lr"]
+        stopped = {"trained_tokens": int(statistics["tokens"]), **drift, "stopped_by": bound}
+        return metrics | stopped | {"seconds": time.perf_counter() - started}
     norm = distributed.clip_gradient(model.parameters(), cfg.max_grad_norm or math.inf)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
@@ -102,17 +122,13 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
-    tokens = statistics["tokens"]
     through = sum(len(r) for i, r in enumerate(batch.response_ids) if batch.active(i).any())
     return metrics | {
-        "trained_tokens": int(tokens),
+        "trained_tokens": int(statistics["tokens"]),
         "loss": loss,
         **dict.fromkeys(second, fkl_loss),
         "grad_norm": norm,
-        "ratio_mean_abs": statistics["abs_log_ratio"] / max(tokens, 1),
-        "ratio_max": statistics["max_ratio"],
-        "drift_kl": statistics["drift_kl"] / max(tokens, 1),
-        "clip_fraction": statistics["clipped"] / max(statistics["active"], 1),
+        **drift,
         "skipped": False,
         "seconds": seconds,
         "tokens_per_second": through / seconds,
@@ -252,11 +268,24 @@ def _accumulate(
                     return hidden_TD, *head_backward(hidden_TD, head, tokens.ids_TK, loss, vocabulary, budget)
 
             hidden_TD, now_TK, gradient_TD = distributed.run(model, work)
-            torch.autograd.backward(hidden_TD, gradient_TD)
+            if hidden_TD.requires_grad:  # not if the head alone is trained
+                torch.autograd.backward(hidden_TD, gradient_TD)
             statistics.append(ratio_statistics(now_TK[:, 0], tokens.old_T, tokens.coefficient_T, cfg.clip))
     numbers = {"loss": _total(losses), "fkl_loss": _total(fkl_losses), **add_statistics(statistics)}
     numbers = distributed.totals(numbers, largest=("max_ratio",))
     return numbers.pop("loss"), numbers.pop("fkl_loss"), numbers
+
+
+def _drift(statistics: dict[str, float]) -> dict[str, float]:
+    """How far the policy is from the one that sampled, as the metrics have it, from a step's merged statistics."""
+    tokens = max(statistics["tokens"], 1)
+    return {
+        "ratio_mean_abs": statistics["abs_log_ratio"] / tokens,
+        "ratio_max": statistics["max_ratio"],
+        "drift_kl": statistics["drift_kl"] / tokens,
+        "ess": effective_share(statistics),
+        "clip_fraction": statistics["clipped"] / max(statistics["active"], 1),
+    }
 
 
 def _groups(lengths: list[int], cfg: TrainConfig, packed: bool) -> list[list[int]]:

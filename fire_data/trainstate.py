@@ -6,9 +6,10 @@ learning rate of 1e-6: the update is smaller than half the gap between neighbour
 Units: sizes are bytes, steps are global optimizer steps.
 
 A state folder holds `weights.safetensors`, one file per kind of optimizer state (`exp_avg`, `exp_avg_sq`, `step`), each
-with the names of the parameters, and `meta.json` with the size and sha256 of every file. Of several processes each
-writes files of its own, with its share of every tensor; any number of processes reads them (`pieces`). Here all of them
-call the same functions: the first one makes folders and records, and publishes.
+with the names of the parameters, and `meta.json` with the size and sha256 of every file. Frozen parameters are not in
+it: they are those of the model that is given. Of several processes each writes files of its own, with its share of
+every tensor; any number of processes reads them (`pieces`). Here all of them call the same functions: the first one
+makes folders and records, and publishes.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fire_data import distributed, pieces
+from fire_data import distributed, lora, pieces
 from fire_data.files import fsync_file, fsync_folder, remove, sha256_file, storage_errors, write_bytes
 from fire_data.schemas.errors import DamagedError, DataError, StorageError, TrainingError
-from fire_data.schemas.manifest import digest
+from fire_data.schemas.manifest import ADAPTER, digest
 
 STATE_FORMAT = 2
 META = "meta.json"
@@ -84,7 +85,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     distributed.wait()
     kinds = {kind: list(group) for kind, group in itertools.groupby(names, pieces.kind_of)}
     groups = {kind: pieces.Pieces([folder / name for name in group]) for kind, group in kinds.items()}
-    ties, weights = _distinct(model)
+    ties, weights = _distinct(_trained(model))
     saved = groups.pop("weights")
     _require_same(ties, weights, record["ties"], saved.tensors, folder)
     saved.read(weights)
@@ -125,6 +126,7 @@ def prune_states(root: Path, keep: int) -> list[Path]:
 def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> None:
     """Write model and tokenizer in Hugging Face format, weights cast to `dtype`, into a folder that must not exist.
 
+    Adapters are merged in the masters' dtype, one matrix at a time, before the cast; a folder inside holds them alone.
     The model keeps its own weights. Loading the folder with `AutoModelForCausalLM` gives exactly the cast weights; the
     generation config and the chat template go with them. All files are synced; publishing by rename is the caller's.
 
@@ -153,6 +155,7 @@ def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> N
             model.config.dtype = before
             _with_dtype(model.config, target).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            lora.save_adapter(model, folder / ADAPTER)  # below: whoever finds it beside a model adds it to that
             sync_tree(folder)
     except StorageError:
         remove(folder)
@@ -161,10 +164,13 @@ def export_checkpoint(folder: Path, model: Any, tokenizer: Any, dtype: str) -> N
 
 def _cast_weights(model: nn.Module, target: torch.dtype) -> tuple[dict[str, str], dict[str, Tensor]]:
     """As `_distinct`, whole, in main memory and cast. Of several processes only the first one keeps them."""
-    ties, distinct = _distinct(model)
+    ties, distinct = _distinct(lora.base_weights(model))
+    added = lora.additions(model)
     cast: dict[str, Tensor] = {}
     for name, tensor in distinct.items():
         whole = distributed.whole(tensor)
+        if name in added:
+            whole = (whole + added[name]()).detach()
         if distributed.first():
             cast[name] = whole.to("cpu", target if whole.is_floating_point() else whole.dtype)
     return ties, cast
@@ -180,7 +186,7 @@ def sync_tree(folder: Path) -> None:
 def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What each process holds, in files of its own; their descriptions by name, for all."""
     files = {}
-    for kind, tensors in {"weights": _distinct(model)[1], **_moments(model, optimizer)}.items():
+    for kind, tensors in {"weights": _distinct(_trained(model))[1], **_moments(model, optimizer)}.items():
         held, places = pieces.own(tensors)
         if held:
             path = folder / pieces.file_name(kind)
@@ -190,15 +196,23 @@ def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 
 
 def _write_record(folder: Path, model: nn.Module, files: dict[str, Any], meta: dict[str, Any]) -> None:
-    ties = _distinct(model)[0]
+    ties = _distinct(_trained(model))[0]
     record = {"format": STATE_FORMAT, "global_step": meta["global_step"], "ties": ties, "files": files, "meta": meta}
     text = json.dumps(record | {"sha256": digest(record)}, indent=1, ensure_ascii=False)
     write_bytes(folder / META, (text + "\n").encode())
 
 
-def _distinct(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """`(alias -> name, name -> tensor)` of the state dict, each tied tensor once, under the first of its names."""
-    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the parameters that are frozen."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in frozen}
+
+
+def _distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """`(alias -> name, name -> tensor)` of a state dict, each tied tensor once, under the first of its names.
+
+    The state dict has the parameters themselves (`keep_vars`): shares of a tied one are known by that.
+    """
     first: dict[tuple[Any, ...], str] = {}
     ties: dict[str, str] = {}
     for name, tensor in tensors.items():

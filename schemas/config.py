@@ -21,6 +21,7 @@ from .errors import ConfigError
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scope = Literal["trajectory", "group", "step", "round"]
 Denominator = Literal["tokens", "all_tokens", "sequences", "constant"]
+Tracker = Literal["trackio", "wandb", "tensorboard"]
 Engine = Literal["transformers", "vllm", "http", "fake"]
 Normalise = Literal["none", "trajectory", "group", "step", "round"]
 
@@ -29,6 +30,8 @@ VERIFIERS = ("exact", "math", "choice", "code")
 TEACHER = "teacher"  # what the only teacher, or the one of prompts without a route, is called
 ADDED = ("topk", "base", "pass-rate")
 ADDED_TEACHER = "teacher."  # with the teacher's name: all rows under one teacher of several
+
+REDUCED_BITS = 10  # of the 23 in a float32's mantissa, where `score.precision` is reduced
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$"  # a folder under weights/, not a path
 # Names that transformers has, or kernels of the Hub.
@@ -161,6 +164,11 @@ class ScoreConfig(Section):
     entropy_topk: int = _field(
         20, "tokens listed by an engine that cannot give exact entropies; those are then lower bounds", ge=1
     )
+    precision: Literal["exact", "reduced"] = _field(
+        "exact",
+        f"reduced: logprobs, entropies and KLs are rounded to {REDUCED_BITS} mantissa bits, an error of at most "
+        f"2^-{REDUCED_BITS + 1} of each, and take 40 % less disk; rollout_logprob and student_logprob stay exact",
+    )
     add: tuple[str, ...] = _addon(
         (), "further columns, each group in a table of its own: topk, base, pass-rate, teacher.NAME (of several)"
     )
@@ -168,6 +176,15 @@ class ScoreConfig(Section):
     pass_rate_samples: int = _addon(3, "answers of the teacher per prompt that pass-rate grades", ge=1)
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     tokens_per_batch: int = _perf(8192, "padded tokens per forward pass", ge=1)
+
+    def results(self) -> dict[str, Any]:
+        """As of every section, with `rounding` in place of `precision`: exact tables depend on nothing more."""
+        return {k: v for k, v in super().results().items() if k != "precision"} | self.rounding
+
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What fingerprints say of numbers that are not exact: nothing where they are."""
+        return {} if self.precision == "exact" else {"precision": {"mantissa_bits": REDUCED_BITS}}
 
 
 class WeighConfig(Section):
@@ -199,6 +216,23 @@ class WeighConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Adapters: small trained matrices B A beside each weight W, which is frozen."""
+
+    rank: int = _field(32, "rows of A and columns of B", ge=1)
+    alpha: float = _field(32.0, "the weight is W + (alpha / rank) B A", gt=0)
+    targets: Literal["all-linear"] | tuple[str, ...] = _field(
+        "all-linear", "all-linear: every linear layer but the head; or names of layers: [q_proj, v_proj]"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _names_something(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("targets must name at least one layer, or be all-linear")
+        return value
+
+
 class TrainConfig(Section):
     """How the coefficients are executed."""
 
@@ -215,6 +249,9 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = _field("constant", "after warm-up; decay needs total_steps")
     total_steps: int | None = _field(None, "global step at which a decaying schedule reaches 0", ge=1)
     max_grad_norm: float = _field(1.0, "gradient norm clipping; 0: off", ge=0)
+    lora: LoraConfig | None = _field(
+        None, "train adapters alone: {rank: 32, alpha: 32, targets: all-linear}, {} for these; null: all weights"
+    )
     clip: float = _field(0.2, "PPO clip range of the probability ratio", gt=0)
     dual_clip: float | None = _field(None, "lower bound of the surrogate for negative advantages; null: off", gt=1)
     compute_dtype: Literal["float32", "bfloat16", "float64"] = _field(
@@ -223,6 +260,12 @@ class TrainConfig(Section):
     export_dtype: Literal["float32", "bfloat16", "float16", "float64"] = _field("bfloat16", "dtype of checkpoints/")
     ratio_tolerance: float | None = _field(
         None, "largest mean |log ratio| before a round's first step; null: by dtype", gt=0
+    )
+    max_drift_kl: float | None = _field(
+        None, "end the round before a step at which KL(old || now) is above this, nats per token; null: off", gt=0
+    )
+    min_ess: float | None = _field(
+        None, "end it where the ratios' effective sample size is below this share of the tokens; null: off", gt=0, lt=1
     )
     keep_states: Literal["last", "all"] = _field("last", "optimizer states to keep under .fire/train")
     save_every: int = _perf(0, "also save the training state every so many steps; 0: at the end of a round", ge=0)
@@ -237,7 +280,19 @@ class TrainConfig(Section):
     )
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     gradient_checkpointing: bool = _perf(False, "recompute activations in the backward pass: less memory, more time")
+    tracker: Tracker | None = _perf(
+        None, "trackio, wandb or tensorboard follows metrics.jsonl, on this machine; null: none"
+    )
     device: str = _perf("auto", "auto, cpu, cuda, cuda:1, mps")
+
+    def executed(self) -> dict[str, Any]:
+        """The fields that a checkpoint's fingerprint has: those that act beyond what the weights were made with.
+
+        A bound that is off is not one of them: a checkpoint from before there were bounds stays what it is.
+        """
+        elsewhere = {"weights", "batch_size", "keep_states"}
+        off = {name for name in ("max_drift_kl", "min_ess") if getattr(self, name) is None}
+        return {name: value for name, value in self.results().items() if name not in elsewhere | off}
 
     @field_validator("betas")
     @classmethod
@@ -259,6 +314,10 @@ class TrainConfig(Section):
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise ValueError(f"total_steps {self.total_steps} must be more than warmup_steps {self.warmup_steps}")
         return self
+
+    def results(self) -> dict[str, Any]:
+        """As of any section; adapters enter where there are some."""
+        return {k: v for k, v in super().results().items() if k != "lora" or v is not None}
 
 
 class EvalConfig(Section):

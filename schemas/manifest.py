@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict
 
 from .tables import FORMAT
 
+ADAPTER = "adapter"
+"""The folder of a checkpoint that holds its adapter alone; the other files are a whole model without folders."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -19,6 +19,7 @@ from .config import ADDED_TEACHER
 from .errors import DataError
 
 FORMAT = 1
+PRECISION = "precision"  # key of a field's metadata, where its numbers were rounded
 
 _RANK = "1 + tokens strictly more likely"
 _TEXT, _I32, _F32, _F64, _BOOL = pa.string(), pa.int32(), pa.float32(), pa.float64(), pa.bool_()
@@ -41,11 +42,18 @@ class Column:
     nullable: bool = False
     optional: bool = False
 
-    def field(self) -> pa.Field:
+    @property
+    def reducible(self) -> bool:
+        """If `score.precision: reduced` rounds it. Not what training and `rollout_is` take ratios of: an error of a
+        logprob is one of the probability's exponent."""
+        numbers = self.per == "token" and self.unit == "nats" and self.type in (FLOATS, FLOAT_LISTS)
+        return numbers and self.name not in ("rollout_logprob", "student_logprob")
+
+    def field(self, more: dict[str, str] | None = None) -> pa.Field:
         shape = {"row": "one per trajectory", "token": "one per response token", "prompt": "one per prompt token"}[
             self.per
         ]
-        metadata = {"meaning": self.meaning, "unit": self.unit, "shape": shape}
+        metadata = {"meaning": self.meaning, "unit": self.unit, "shape": shape, **(more or {})}
         return pa.field(self.name, self.type, nullable=self.nullable, metadata=metadata)
 
 
@@ -269,10 +277,17 @@ def conform(data: pa.Table, table: str, where: str) -> pa.Table:
     if missing:
         raise DataError(f"column {missing[0]!r} is missing; there are: {', '.join(data.column_names)}", where=where)
     arrays = [_column(data, c, where) for c in columns]
-    schema = pa.schema([c.field() for c in columns], metadata={"fire.table": table, "fire.format": str(FORMAT)})
+    fields = [c.field(_precision(data, c.name)) for c in columns]
+    schema = pa.schema(fields, metadata={"fire.table": table, "fire.format": str(FORMAT)})
     result = pa.Table.from_arrays(arrays, schema=schema)
     _check_lengths(result, columns, where)
     return result
+
+
+def _precision(data: pa.Table, name: str) -> dict[str, str]:
+    """What a column's metadata say of numbers that were rounded, which goes where they go."""
+    metadata = (data.schema.field(name).metadata or {}) if name in data.column_names else {}
+    return {PRECISION: metadata[PRECISION.encode()].decode()} if PRECISION.encode() in metadata else {}
 
 
 def _column(data: pa.Table, column: Column, where: str) -> pa.ChunkedArray:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client once, when it is 
 
 from fire_data.run import Run
 from fire_data.shards import Part
+
+from .hub_server import Caller, Hub, calling, serving
 
 PROMPTS, HELD_OUT = 12, 6
 Values = dict[str, Any]
@@ -40,6 +42,17 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", connect)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trackers_stay_here(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What trackers keep beside runs goes to a temporary folder; read by them when they are imported."""
+    folder = tmp_path_factory.mktemp("trackers")
+    os.environ |= {
+        "TRACKIO_DIR": str(folder / "trackio"),
+        "WANDB_CONFIG_DIR": str(folder),
+        "WANDB_CACHE_DIR": str(folder),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +133,27 @@ def fire() -> Callable[..., Answer]:
         return answer
 
     return call
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Hub]:
+    """A Hub on the loopback interface."""
+    with serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(served: Hub) -> Hub:
+    """The Hub with nothing on it."""
+    served.fresh()
+    return served
+
+
+@pytest.fixture(scope="module")
+def caller(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
+    """Calls the command line in a process that knows this Hub alone."""
+    with calling(served, tmp_path_factory.mktemp("home") / "home") as process:
+        yield process
 
 
 def shard_files(part: Part) -> list[Path]:

@@ -12,7 +12,7 @@ import pytest
 
 from fire_data.demo.curve import write_curve
 from fire_data.run import open_run
-from fire_data.steps.refresh import round_table
+from fire_data.steps.rounds import round_table
 from tests.browser import chromium, opened
 
 

@@ -20,7 +20,7 @@ from fire_data.session import Session
 from fire_data.shards import sealed
 from fire_data.steps.benchmarks import benchmarks
 from fire_data.steps.evaluate import evaluate, measured
-from fire_data.steps.refresh import round_table
+from fire_data.steps.rounds import round_table
 from fire_data.steps.versus import versus
 from fire_data.verify.bootstrap import interval, paired
 from fire_data.verify.estimates import per_prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from fire_data.shards import read_manifest
 from fire_data.steps.refresh import refresh
 from fire_data.steps.score import score
 from fire_data.steps.weigh import weigh
-from tests.hub_server import TOKEN, Caller, Hub, Repo, calling, serving
+from tests.hub_server import TOKEN, Caller, Hub, Repo
 
 DATA = ("datasets", "me/data")
 
@@ -34,24 +34,6 @@ def run(make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) 
         score(session, 0, add=["topk"])
     weigh(open_run(made.root, ("weigh.rule=uniform", "weigh.params={}", "train.weights=fire")), 0)
     return made
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Hub]:
-    with serving() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(served: Hub) -> Hub:
-    served.fresh()
-    return served
-
-
-@pytest.fixture(scope="module")
-def caller(served: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
-    with calling(served, tmp_path_factory.mktemp("hub") / "home") as process:
-        yield process
 
 
 def done(answer: dict[str, Any]) -> dict[str, Any]:

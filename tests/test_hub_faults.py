@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from fire_data.shards import is_sealed
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.weigh import weigh
-from tests.hub_server import Caller, Hub, calling, serving
+from tests.hub_server import Caller, Hub, calling
 
 DATA = ("datasets", "me/data")
 
@@ -31,18 +31,6 @@ def run(make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) 
         score(session, 0)
     weigh(made, 0)
     return made
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def caller(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
-    with calling(hub, tmp_path_factory.mktemp("faults") / "home") as process:
-        yield process
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -63,7 +51,6 @@ def is_whole(root: Path) -> bool:
 def test_a_push_that_breaks_at_any_call_is_continued_and_never_half_seen(
     run: Run, hub: Hub, caller: Caller, tmp_path: Path
 ) -> None:
-    hub.fresh()
     assert caller.call("push", run.root, "me/data")["code"] == 0
     calls, wanted = len(hub.calls), hub.repos[DATA].tree
     assert calls > 15
@@ -91,7 +78,6 @@ def test_a_push_that_breaks_at_any_call_is_continued_and_never_half_seen(
 def test_a_pull_that_breaks_at_any_call_is_continued_and_never_half_seen(
     run: Run, hub: Hub, caller: Caller, tmp_path: Path
 ) -> None:
-    hub.fresh()
     assert caller.call("push", run.root, "me/data")["code"] == 0
     hub.mend()
     assert caller.call("pull", tmp_path / "whole", "me/data")["code"] == 0
@@ -112,7 +98,6 @@ def test_a_pull_that_breaks_at_any_call_is_continued_and_never_half_seen(
 def test_a_process_that_is_killed_leaves_nothing_in_the_way(
     run: Run, hub: Hub, caller: Caller, tmp_path: Path, what: str, call: int
 ) -> None:
-    hub.fresh()
     if what == "pull":
         assert caller.call("push", run.root, "me/data")["code"] == 0
         hub.mend()
@@ -130,7 +115,6 @@ def test_a_process_that_is_killed_leaves_nothing_in_the_way(
 
 def test_two_pushes_at_a_time_do_not_mix(run: Run, hub: Hub, caller: Caller) -> None:
     """The index is put on top of the very commit that was looked at: who comes second is told, and repeats."""
-    hub.fresh()
     assert caller.fire("push", run.root, "me/data", "--stage", "rollouts")["code"] == 0
     repo = hub.repos[DATA]
     hub.mend()

@@ -27,7 +27,7 @@ from fire_data.shards import read_manifest
 from fire_data.steps.rollout import rollout
 from fire_data.steps.score import score
 from fire_data.steps.weigh import weigh
-from tests.hub_server import Caller, Hub, Repo, calling, serving
+from tests.hub_server import Caller, Hub, Repo
 
 DATA = ("datasets", "me/data")
 SCORES, INDEX = "scores/round-000/00000.parquet", "fire/manifest.json"
@@ -146,22 +146,9 @@ def run(make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) 
     return made
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def caller(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
-    with calling(hub, tmp_path_factory.mktemp("hostile") / "home") as process:
-        yield process
-
-
 @pytest.fixture
 def repo(run: Run, hub: Hub, caller: Caller) -> Repo:
     """The run, freshly pushed."""
-    hub.fresh()
     assert caller.fire("push", run.root, "me/data")["code"] == 0
     return hub.repos[DATA]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import subprocess
@@ -11,20 +12,37 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import polars as pl
 import pyarrow as pa
 import pytest
 
 from fire_data import files, stages
+from fire_data.run import Run, open_run
 from fire_data.schemas.errors import EngineError
 from fire_data.schemas.manifest import Receipt, Shard, digest
 from fire_data.schemas.tables import conform
+from fire_data.session import Session
 from fire_data.shards import Part, read_manifest, read_receipt, write_shard
 from fire_data.stages import LANE, Lane, Silent, Stage, each_shard, open_stage, plan_shards, run_stage
+from fire_data.steps.columns import add_columns
+from fire_data.steps.rollout import rollout
+from fire_data.steps.score import score
+from fire_data.steps.weigh import ScoredRound, weigh
 
 from .conftest import shard_files
 
 WAIT = 30  # seconds after which something that never comes is given up
 Make = Callable[[Shard], pa.Table]
+MINE = """
+from dataclasses import dataclass
+import polars as pl
+from fire_data.rules import Parts, Rule
+
+@dataclass(frozen=True)
+class Mine(Rule):
+    def parts(self):
+        return Parts(weight=1 + pl.col("student_entropy"))
+"""
 
 
 def rollouts(shard: Shard, salt: str = "") -> pa.Table:
@@ -333,3 +351,63 @@ def test_of_two_threads_that_write_a_shard_one_wins_and_both_return_its_receipt(
     manifest = read_manifest(work.part)
     assert manifest is not None
     assert not manifest.sealed
+
+
+@pytest.fixture
+def scored(tmp_path: Path, make_fake_run: Callable[..., Run]) -> Run:
+    """A run of the fake engine up to its scores: 3 shards."""
+    run = make_fake_run(tmp_path / "run")
+    rollout(Session(run), 0)
+    score(Session(run), 0)
+    return run
+
+
+def company(monkeypatch: pytest.MonkeyPatch, wait: Callable[[], object]) -> list[int]:
+    """How many shards were being weighed whenever one was, itself included."""
+    inside, found, weighted = [0], [], ScoredRound.weighted
+
+    def watched(work: ScoredRound, shard: str) -> pl.DataFrame:
+        inside[0] += 1
+        found.append(inside[0])
+        wait()
+        try:
+            return weighted(work, shard)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(ScoredRound, "weighted", watched)
+    return found
+
+
+def test_weighing_computes_two_shards_at_a_time(scored: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    both, first = threading.Barrier(2), itertools.count()
+    company(monkeypatch, lambda: both.wait(WAIT) if next(first) < 2 else None)  # a barrier that breaks raises
+    assert len(weigh(scored, 0).shards) == 3
+
+
+@pytest.mark.parametrize("rule", ["mine.py", "ier"])
+def test_rules_that_shards_share_or_that_a_user_wrote_see_one_shard_at_a_time(
+    scored: Run, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    if rule == "ier":
+        add_columns(Session(scored), 0, "topk")
+    (scored.root / "mine.py").write_text(MINE)
+    both = threading.Barrier(2)
+
+    def wait() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)  # nobody comes
+
+    found = company(monkeypatch, wait)
+    weigh(open_run(scored.root, (f"weigh.rule={rule}", "weigh.name=one", "train.batch_size=4")), 0)
+    assert found == [1, 1, 1]
+
+
+@pytest.mark.parametrize("rule", ["fire", "fire-released", "tip"])
+def test_weights_do_not_depend_on_lanes(scored: Run, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    sums = []
+    for lanes in (1, 2, 3):
+        monkeypatch.setattr("fire_data.steps.weigh._LANES", lanes)
+        made = weigh(open_run(scored.root, (f"weigh.rule={rule}", f"weigh.name=by-{lanes}")), 0)
+        sums.append(([r.sha256 for r in made.shards], made.stats))
+    assert sums[0] == sums[1] == sums[2]

@@ -24,8 +24,9 @@ from fire_data.session import Session
 from fire_data.shards import read_shard, sealed
 from fire_data.stages import Stage, run_stage, set_stage_aside
 from fire_data.steps.evaluate import evaluate
-from fire_data.steps.refresh import refresh, round_table
+from fire_data.steps.refresh import refresh
 from fire_data.steps.rollout import rollout
+from fire_data.steps.rounds import round_table
 from fire_data.steps.score import score
 from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fire_data.session import Session
 from fire_data.shards import is_sealed, read_manifest, sealed
 from fire_data.stages import Stage, open_stage
 from fire_data.steps.refresh import refresh
-from tests.hub_server import Caller, Hub, calling, serving
+from tests.hub_server import Caller, Hub, calling
 
 DATA = ("datasets", "me/data")
 
@@ -32,22 +32,9 @@ def run(make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) 
     return made
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def caller(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Caller]:
-    with calling(hub, tmp_path_factory.mktemp("shared") / "home") as process:
-        yield process
-
-
 @pytest.fixture
 def shared(run: Run, hub: Hub, caller: Caller) -> Hub:
     """A Hub with the run as me/data."""
-    hub.fresh()
     done(caller.fire("push", run.root, "me/data"))
     return hub
 
@@ -202,7 +189,6 @@ def test_a_token_that_may_not_write_is_told_as_that(shared: Hub, run: Run, tmp_p
 
 def test_without_xet_the_way_around_it_is_named(run: Run, hub: Hub, caller: Caller) -> None:
     pytest.importorskip("hf_xet")
-    hub.fresh()  # a Hub without xet's addresses
     switch = "from huggingface_hub import constants; constants.HF_HUB_DISABLE_XET = {}"
     caller.run(switch.format(False))
     try:

@@ -338,15 +338,29 @@ def test_when_the_command_is_killed_its_programs_end(marker: str, tmp_path: Path
     wait_for(lambda: marked(marker) == [])
 
 
+# The first process of a namespace, delayed before it says with whom it dies: its parent may die before.
+LATE = """
+import os, time
+from fire_data.verify import sandbox
+call = sandbox._call
+def late(name, *arguments):
+    if os.getpid() == 1 and arguments[0] == sandbox._SET_PDEATHSIG:
+        time.sleep(1)
+    call(name, *arguments)
+sandbox._call = late
+"""
+
+
+@pytest.mark.parametrize("late", ["", LATE])
 def test_when_the_process_that_grades_is_killed_the_program_ends_with_its_namespace(
-    held: Isolation, marker: str, tmp_path: Path
+    held: Isolation, marker: str, tmp_path: Path, late: str
 ) -> None:
     if not held.namespace:
         pytest.skip("namespaces are not allowed here")
     told = {"source": LASTING.format(word=marker), "isolation": held, "scratch": str(tmp_path), "seconds": 600}
-    child = subprocess.Popen([sys.executable, "-c", DRIVER, json.dumps(told | {"memory_mb": 512})])
+    child = subprocess.Popen([sys.executable, "-c", late + DRIVER, json.dumps(told | {"memory_mb": 512})])
     try:
-        wait_for(lambda: len(marked(marker)) > 1)  # the driver's own command line holds it too
+        wait_for(lambda: len(marked(marker)) > 2)  # the driver, and what it forked, have it in their command line too
     finally:
         child.kill()
         child.wait()

@@ -22,8 +22,9 @@ from fire_data.shards import read_manifest, sealed
 from fire_data.stages import Silent
 from fire_data.steps.compare import compare
 from fire_data.steps.diagnose import diagnose_round
-from fire_data.steps.refresh import refresh, round_table
+from fire_data.steps.refresh import refresh
 from fire_data.steps.rollout import rollout
+from fire_data.steps.rounds import round_table
 from fire_data.steps.score import score
 from fire_data.steps.verify import verify
 from fire_data.steps.weigh import weigh

@@ -17,7 +17,8 @@ from fire_data.demo.world import World, build_world
 from fire_data.run import Run, open_run
 from fire_data.session import Session
 from fire_data.stages import Reporter
-from fire_data.steps.refresh import refresh, round_table
+from fire_data.steps.refresh import refresh
+from fire_data.steps.rounds import round_table
 
 ROUNDS = 12
 SAMPLED = "avg@2"

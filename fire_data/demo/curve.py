@@ -28,7 +28,7 @@ def write_curve(folder: Path, tables: dict[str, list[dict[str, Any]]], sampled: 
     """Write `learning.html` and return it.
 
     Args:
-        tables: of every arm `steps.refresh.round_table`: one row for the start, then one per round.
+        tables: of every arm `steps.rounds.round_table`: one row for the start, then one per round.
         sampled: the column of accuracy at temperature 1.
     """
     decodings = {"Greedy": "greedy", "Sampled, T = 1": sampled}

@@ -53,10 +53,13 @@ class Measured:
     totals: dict[str, float]
 
 
-def measure(frame: pl.DataFrame, tokens_at_once: int = 500_000) -> Measured:
+def measure(frame: pl.DataFrame, tokens_at_once: int = 500_000, rounding: float = 0.0) -> Measured:
     """Reduce rows of scores, some tokens at a time: `COLUMNS`, less what engines could not tell; `keep` and top-k ids
-    where known. What needs a column that is not there is not in the result."""
-    return merge([_measure(part) for part in _parts(frame, tokens_at_once)])
+    where known. What needs a column that is not there is not in the result.
+
+    `rounding`: the relative error of stored numbers, which may break an exact relation by as much.
+    """
+    return merge([_measure(part, rounding) for part in _parts(frame, tokens_at_once)])
 
 
 def merge(parts: Sequence[Measured]) -> Measured:
@@ -147,7 +150,7 @@ def _rows(frame: pl.DataFrame, tokens: pl.DataFrame, *more: pl.Expr) -> pl.DataF
     )
 
 
-def _measure(frame: pl.DataFrame) -> Measured:
+def _measure(frame: pl.DataFrame, rounding: float) -> Measured:
     topk = [c for c in TOPK if c in frame.columns]
     tokens = _explode(frame, (*(c for c in _TOKENS if c in frame.columns), *topk))
     tokens = tokens.with_columns(pl.col(c).cast(pl.Float64) for c in _FLOATS if c in frame.columns)
@@ -178,7 +181,7 @@ def _measure(frame: pl.DataFrame) -> Measured:
         tokens.group_by(entropy=(pl.col("student_entropy") * 1000).round().cast(pl.Int32)).agg(
             tokens=pl.len().cast(pl.Int64)
         ),
-        _totals(tokens),
+        _totals(tokens, rounding),
     )
 
 
@@ -208,14 +211,14 @@ def _by_window(tokens: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _totals(tokens: pl.DataFrame) -> dict[str, float]:
+def _totals(tokens: pl.DataFrame, rounding: float) -> dict[str, float]:
     """Sums over tokens, and maxima named *_max, as plain numbers; 0 where there is no token."""
     inner = pl.col("position") > 0  # tokens that have a neighbour before them
     lagged = {k: e for lag in LAGS for k, e in _lagged(lag).items()}
     sums = tokens.select(
         pl.len().alias("tokens"),
         inner.sum().alias("inner"),
-        *(e.sum().alias(k) for k, e in (_plain_sums() | breaches()).items() if _known(e, tokens)),
+        *(e.sum().alias(k) for k, e in (_plain_sums() | breaches(rounding)).items() if _known(e, tokens)),
         *(e.filter(inner).sum().alias(k) for k, e in lagged.items() if _known(e, tokens)),
     )
     maxima = tokens.select(
@@ -260,18 +263,19 @@ def _plain_sums() -> dict[str, pl.Expr]:
     return sums
 
 
-def breaches() -> dict[str, pl.Expr]:
+def breaches(rounding: float = 0.0) -> dict[str, pl.Expr]:
     """Relations that hold for every token whatever the models are, as the tokens that break them."""
     found: dict[str, pl.Expr] = {}
     for who in MODELS:
         logprob, most, entropy = (pl.col(f"{who}_{c}") for c in ("logprob", "max_logprob", "entropy"))
         first, chosen = pl.col(f"{who}_rank") == 1, pl.col(f"{who}_top1_id") == pl.col("response_ids")
+        missed = TOLERANCE + 2 * rounding * most.abs()
         found |= {
-            f"{who}_logprob <= {who}_max_logprob <= 0": (logprob > most + TOLERANCE) | (most > TOLERANCE),
-            f"{who}_rank 1 has {who}_max_logprob": first & (logprob < most - TOLERANCE),
+            f"{who}_logprob <= {who}_max_logprob <= 0": (logprob > most + missed) | (most > TOLERANCE),
+            f"{who}_rank 1 has {who}_max_logprob": first & (logprob < most - missed),
             f"{who}_top1_id sampled has {who}_rank 1": chosen & ~first,
             # Shannon's entropy is at least the min-entropy.
-            f"{who}_entropy >= -{who}_max_logprob": entropy < -most - TOLERANCE,
+            f"{who}_entropy >= -{who}_max_logprob": entropy < -most - missed,
         }
     same = pl.col("student_top1_id") == pl.col("response_ids")
     found |= {f"{name} >= 0": pl.col(name) < -TOLERANCE for name in ("reverse_kl", "forward_kl")}

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from fire_data.hub.layout import FLAT, START, TAG, by_stage
+from fire_data.precision import bits_of
 from fire_data.schemas.config import TEACHER
 from fire_data.schemas.errors import ConfigError
 from fire_data.schemas.manifest import Manifest
@@ -182,6 +183,12 @@ def _signals(tables: Tables) -> str:
             mass = manifest.stats.get(f"{'student' if who == 'student' else 'teacher'}_entropy_mass")
             bound = "" if kind in _KINDS else f", from tokens that hold {number(mass)} of the probability on average"
             lines.append(f"Entropies of {code(who)}: {_KINDS.get(kind, code(kind))}{bound}.")
+        if bits := bits_of(manifest):
+            exact = ", ".join(map(code, ("rollout_logprob", "student_logprob")))
+            lines.append(
+                f"Logprobs, entropies and KLs are rounded to {bits} mantissa bits, a relative error of at most "
+                f"2^-{bits + 1}; {exact} are not."
+            )
         lines.append("Logprobs and entropies are in nats, at temperature 1, over the vocabulary that all models share.")
     means = [[str(m.round), *(number(m.stats.get(k)) for k in _MEANS)] for m in tables.get(("scores", ""), [])]
     return "\n\n".join([*lines, *([table(("round", *(f"mean {k}" for k in _MEANS)), means)] if means else [])]) or "-"

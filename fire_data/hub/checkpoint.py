@@ -29,7 +29,7 @@ from fire_data.hub.layout import (
 from fire_data.hub.redact import called, require_no_folder, shared_manifest
 from fire_data.run import Run
 from fire_data.schemas.errors import ConfigError, IncompleteError
-from fire_data.schemas.manifest import Manifest, Receipt
+from fire_data.schemas.manifest import ADAPTER, Manifest, Receipt
 from fire_data.shards import read_manifest, sealed, verify_file
 from fire_data.stages import Reporter
 
@@ -137,6 +137,7 @@ def model_card(run: Run, checkpoint: Manifest, repo: str, licence: str | None) -
         f'```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
         f'model = AutoModelForCausalLM.from_pretrained("{repo}")\n'
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n```',
+        *_adapter(checkpoint, repo),
         "## Where it comes from", table(("what", ""), rows),
         "## Training", table(("setting", "value"), settings),
         table(("number", "value"), [(code(k), number(v)) for k, v in checkpoint.stats.items() if number(v) != "-"]),
@@ -144,6 +145,17 @@ def model_card(run: Run, checkpoint: Manifest, repo: str, licence: str | None) -
         "## Licence", licence_text(licence),
     ]  # fmt: skip
     return front_matter(front) + "\n\n".join(sections) + "\n"
+
+
+def _adapter(checkpoint: Manifest, repo: str) -> list[str]:
+    """How to load the adapter alone, if there is one."""
+    if all(not r.shard.startswith(f"{ADAPTER}/") for r in checkpoint.shards):
+        return []
+    return [
+        "These weights have the adapter merged in. It is here by itself, too, for the student before training:",
+        f'```python\nfrom peft import PeftModel\n\n'
+        f'model = PeftModel.from_pretrained(student, "{repo}", subfolder="{ADAPTER}")\n```',
+    ]  # fmt: skip
 
 
 def _signals(run: Run, checkpoint: Manifest) -> list[tuple[str, str]]:

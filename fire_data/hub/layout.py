@@ -20,7 +20,7 @@ from fire_data.overview import parts
 from fire_data.run import Run
 from fire_data.schemas.config import WeighConfig, is_benchmark
 from fire_data.schemas.errors import ConfigError, DataError, FingerprintError
-from fire_data.schemas.manifest import Manifest, Receipt, differences, digest
+from fire_data.schemas.manifest import ADAPTER, Manifest, Receipt, differences, digest
 from fire_data.schemas.tables import FORMAT, addon_columns
 from fire_data.shards import Part, read_manifest
 
@@ -33,7 +33,7 @@ TAG = "fire-opd"  # in the metadata of every card
 _ORDER = (*TABLES, FLAT, CHECKPOINTS)
 _NAMED = ("addons", "weights", FLAT)
 _SHARD = re.compile(r"[0-9]{5,9}")
-_CHECKPOINT_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_CHECKPOINT_FILE = re.compile(rf"({ADAPTER}/)?[A-Za-z0-9][A-Za-z0-9._-]{{0,199}}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LAST_ROUND = 999_999
 

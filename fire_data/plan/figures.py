@@ -12,14 +12,14 @@ from fire_data import metrics
 from fire_data.run import Run
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.manifest import Manifest, Receipt
-from fire_data.schemas.tables import FLOAT_LISTS, FLOATS, ID_LISTS, IDS, MASSES, columns_of
+from fire_data.schemas.tables import FLOAT_LISTS, FLOATS, ID_LISTS, IDS, MASSES, Column, columns_of
 from fire_data.shards import Part, read_manifest, read_receipt
 
 Origin = Literal["measured", "given", "assumed"]
 _WEAKER: tuple[Origin, ...] = ("measured", "given", "assumed")
 
 # Bytes per number after compression, and of text per token: bench/RESULTS.md, "A plan's assumptions".
-FLOAT_BYTES, ID_BYTES, TEXT_BYTES = 3.4, 1.6, 1.8
+FLOAT_BYTES, REDUCED_BYTES, ID_BYTES, TEXT_BYTES = 3.4, 2.1, 1.6, 1.8
 ROW_BYTES = 64.0  # of a row of a table without token columns
 WEIGH_TOKENS_PER_S = 1.5e6  # one CPU thread, rule `fire`: bench/RESULTS.md
 _TEXT_TABLES = ("rollouts", "scores", "evals")
@@ -115,12 +115,21 @@ def bytes_per_token(run: Run, stage: str, name: str | None) -> Figure:
     part = run.part(stage, 0, name)
     masses = {c.name for c in MASSES}
     k = run.config.score.topk
-    each = {FLOATS: FLOAT_BYTES, IDS: ID_BYTES, FLOAT_LISTS: k * FLOAT_BYTES, ID_LISTS: k * ID_BYTES}
+    numbers = {FLOATS: 1, IDS: 1, FLOAT_LISTS: k, ID_LISTS: k}
+    rounds = bool(run.config.score.rounding) and stage in ("scores", "addons")
     columns = [c for c in columns_of(part.table) if c.per == "token" and c.name not in masses]
     if stage == "weights" or (name or "").startswith(ADDED_TEACHER):
         columns = [c for c in columns if not c.optional]
-    size = sum(each.get(c.type, 0.125) for c in columns) + (TEXT_BYTES if stage in _TEXT_TABLES else 0.0)
+    size = sum(numbers[c.type] * _number_bytes(c, rounds) if c.type in numbers else 0.125 for c in columns)
+    size += TEXT_BYTES if stage in _TEXT_TABLES else 0.0
     return Figure(round(size, 1), "bytes per token", "assumed", _STORED)
+
+
+def _number_bytes(column: Column, rounds: bool) -> float:
+    """Of one number of a list column. `rounds`: with `score.precision: reduced`."""
+    if column.type in (IDS, ID_LISTS):
+        return ID_BYTES
+    return REDUCED_BYTES if rounds and column.reducible else FLOAT_BYTES
 
 
 def bytes_per_row(run: Run, stage: str, name: str | None) -> Figure:
@@ -180,7 +189,7 @@ def _busy(part: Part, receipts: list[Receipt]) -> float:
 
 
 def _trained(run: Run) -> Figure | None:
-    records = [r for r in metrics.read(run.root / "metrics.jsonl") if r.get("seconds") and r.get("tokens")]
+    records = [r for r in metrics.steps(run.root / "metrics.jsonl") if r.get("seconds") and r.get("tokens")]
     last = [r for r in records if r["round"] == records[-1]["round"]]
     if not last:
         return None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from fire_data.models import here
 from fire_data.plan.figures import Figure, derived
 from fire_data.run import Run
-from fire_data.schemas.config import ModelConfig
+from fire_data.schemas.config import LoraConfig, ModelConfig
 from fire_data.schemas.errors import DataError
 
 WIDTH = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,15 +39,37 @@ def models(run: Run) -> list[dict[str, Any]]:
 
 
 def training(run: Run, student: Figure) -> dict[str, Figure]:
-    """Bytes of training: in memory (master weights, gradients, two moments), of its state, of one checkpoint."""
+    """Bytes of training: in memory (master weights, gradients, two moments), of its state, of one checkpoint.
+
+    With adapters, gradients and moments are theirs alone.
+    """
     cfg = run.config.train
     master = 8 if cfg.compute_dtype == "float64" else 4
+    trained, frozen = student, 0.0
+    if cfg.lora is not None:
+        trained, frozen = adapters(run.config.student, cfg.lora, run.root), _times(student, master) or 0.0
     held = f"weights, gradients and two moments of {master} bytes a parameter"
+    memory = None if trained.value is None else frozen + 4 * master * trained.value
     return {
-        "memory": derived(_times(student, 4 * master), "bytes", held, student),
-        "state": derived(_times(student, 3 * master), "bytes", "weights and two moments", student),
+        "memory": derived(memory, "bytes", held + (" of the adapters; frozen weights" if cfg.lora else ""), student),
+        "state": derived(_times(trained, 3 * master), "bytes", "weights and two moments", trained),
         "checkpoint": derived(_times(student, WIDTH[cfg.export_dtype]), "bytes", f"in {cfg.export_dtype}", student),
     }
+
+
+def adapters(cfg: ModelConfig, lora: LoraConfig, base: Path) -> Figure:
+    """How many numbers a student's adapters have: rank times rows and columns of each matrix, by the files' headers."""
+    folder = here(cfg, base)
+    shapes = [pair for file in sorted(folder.glob("*.safetensors")) for pair in _shapes(file)] if folder else []
+    if not shapes:
+        return Figure(None, "parameters", "assumed", f"the weights of {cfg.model} are not on this machine")
+    matrices = [(name.removesuffix(".weight"), shape) for name, shape in shapes if len(shape) == 2]
+    if lora.targets == "all-linear":
+        chosen = [shape for name, shape in matrices if not name.endswith(("lm_head", "embed_tokens"))]
+    else:
+        chosen = [shape for name, shape in matrices if any(f".{name}".endswith(f".{t}") for t in lora.targets)]
+    count = lora.rank * sum(map(sum, chosen))
+    return Figure(float(count), "parameters", "measured", f"{len(chosen)} matrices in the headers, at rank {lora.rank}")
 
 
 def parameters(cfg: ModelConfig, base: Path) -> Figure:
@@ -83,8 +105,12 @@ def dense(config: dict[str, Any]) -> int:
 
 def _numbers(file: Path) -> int:
     """The numbers in a safetensors file, by its header."""
+    return sum(math.prod(shape) for _, shape in _shapes(file))
+
+
+def _shapes(file: Path) -> list[tuple[str, list[int]]]:
     with safe_open(file, framework="np") as tensors:
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118 - no dict
+        return [(name, tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 - no dict
 
 
 def _times(figure: Figure, factor: float) -> float | None:

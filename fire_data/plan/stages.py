@@ -168,7 +168,7 @@ def _addon(run: Run, round: int, name: str, source: Work) -> Work:
         elif name == REWARD:
             own = {"verify": graded}
         elif name == "base":
-            own = {"engine": cfg.score.engine, "base": {"dtype": run.base().dtype}}
+            own = {"engine": cfg.score.engine, "base": {"dtype": run.base().dtype}, **cfg.score.rounding}
         work.fields = {"format": FORMAT, **own, **_source(run, source)}
         _compare(run, work)
     except FireError as error:
@@ -200,8 +200,7 @@ def _checkpoint(run: Run, round: int, before: list[Work]) -> Work:
         work.action, work.why, work.missing = "refused", f"needs {before[0].part.label}", ()
     try:
         _require_files(run, run.config.student, "transformers")
-        settings = {k: v for k, v in cfg.results().items() if k not in ("weights", "batch_size", "keep_states")}
-        work.fields = {"format": FORMAT, "train": settings, "weights": run.config.trained_weights}
+        work.fields = {"format": FORMAT, "train": cfg.executed(), "weights": run.config.trained_weights}
         if weights is not None and weights.sealed and before[0].action == "nothing":
             work.fields["inputs"] = {"weights": weights.digest}
         _compare(run, work, _steps_done(run, round))
@@ -223,7 +222,7 @@ def _begins(run: Run, round: int) -> bool:
 
 
 def _steps_done(run: Run, round: int) -> int:
-    return sum(1 for r in metrics.read(run.root / "metrics.jsonl") if r.get("round") == round)
+    return len(metrics.steps(run.root / "metrics.jsonl", round))
 
 
 def _beside(run: Run, part: Part, source: Work) -> Work:

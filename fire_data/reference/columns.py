@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fire_data.reference import code, prose, table
-from fire_data.schemas.config import ADDED_TEACHER
-from fire_data.schemas.tables import FORMAT, TABLES, Column, columns_of
+from fire_data.schemas.config import ADDED_TEACHER, REDUCED_BITS
+from fire_data.schemas.tables import FORMAT, PRECISION, TABLES, Column, columns_of
 
 _INTRODUCTION = f"""# Columns
 
@@ -13,7 +13,9 @@ included; logprobs and entropies are in nats, over the whole real vocabulary, at
 the metadata of every Parquet field as well. This is format {FORMAT}; newer code reads older formats.
 
 *Optional* columns are there where an engine can give them, or a rule uses them: absent, never empty. *Nullable* ones
-may lack a value in some rows.
+may lack a value in some rows. *Reducible* ones are exact unless the setting `score.precision` is `reduced`: then each
+number is the nearest one with {REDUCED_BITS} mantissa bits, off by at most 2^-{REDUCED_BITS + 1} of itself, and the
+field's metadata say so (`{PRECISION}`). Sums and maxima per trajectory are always those of the stored numbers.
 """
 _ABOUT = {
     "prompts": "What `prompts.path` is read as; only `messages` or `prompt` has to be there.",
@@ -37,14 +39,16 @@ def page() -> str:
 
 def _table(name: str) -> str:
     shared = {c.name for c in TABLES["rollouts"]} if name == "scores" else set()
-    rows = [_row(c) for c in columns_of(name) if c.name not in shared]
+    scored = name == "scores" or name.startswith("addons/")
+    rows = [_row(c, scored and c.reducible) for c in columns_of(name) if c.name not in shared]
     note = "\n\nAll columns of [rollouts](#rollouts), and:" if shared else ""
     heading = f"## {name}\n\n{_ABOUT.get(name, '')}{note}\n\n"
     return heading + table(("column", "type", "per", "unit", "meaning", ""), rows)
 
 
-def _row(column: Column) -> list[str]:
-    marks = [m for m, on in (("optional", column.optional), ("nullable", column.nullable)) if on]
+def _row(column: Column, reducible: bool) -> list[str]:
+    said = {"optional": column.optional, "nullable": column.nullable, "reducible": reducible}
+    marks = [mark for mark, on in said.items() if on]
     kind = str(column.type).replace("element: ", "").replace("item: ", "")
     per, meaning = _PER[column.per], prose(column.meaning)
     return [f"`{column.name}`", code(kind), per, prose(column.unit), meaning, ", ".join(marks)]

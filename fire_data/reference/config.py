@@ -44,6 +44,10 @@ def page() -> str:
             parts.append(f"{of} keys of [`student`](#student).\n")
         else:
             parts.append(_fields(inner.model_fields))
+            for key, sub in inner.model_fields.items():
+                if (below := section(sub.annotation)) is not None:
+                    parts.append(f"### `{name}.{key}`\n\n{prose(below.__doc__ or '')}\n")
+                    parts.append(_fields(below.model_fields))
     return "\n".join(parts)
 
 
@@ -86,6 +90,8 @@ def _words(annotation: Any) -> str:
     """A type in words."""
     inner = get_args(annotation)
     origin = get_origin(annotation)
+    if annotation is section(annotation):
+        return "section"
     if origin is Literal:
         return ", ".join(code(str(v)) for v in inner)
     if origin in (Union, UnionType):

@@ -153,9 +153,19 @@ def drop_reasons(rows: pl.DataFrame) -> list[Json]:
 
 def curves(run: Run) -> list[Json]:
     """Records of optimizer steps, at most some hundreds, evenly thinned; the last is always there."""
-    records = [r for r in metrics.read(run.root / "metrics.jsonl") if isinstance(r.get("global_step"), int)]
+    records = [r for r in metrics.steps(run.root / "metrics.jsonl") if isinstance(r.get("global_step"), int)]
     step = -(-len(records) // _POINTS) or 1
     return records[::-1][::step][::-1]
+
+
+def ended_early(run: Run) -> list[Json]:
+    """The rounds that ended before their last step because the student had moved too far, and by which bound."""
+    made = {n: m.stats for n in run.rounds() if (m := read_manifest(run.part("checkpoints", n))) is not None}
+    return [
+        {"round": n, "setting": f"train.{s['stopped_by']}", "steps": s["steps"], "unused_steps": s["unused_steps"]}
+        for n, s in made.items()
+        if "stopped_by" in s
+    ]
 
 
 def findings(run: Run, tables: Tables, report: Reporter) -> list[Json] | Json:

@@ -74,6 +74,7 @@ def gather(
         "filter": _filter(rows),
         "weighing": _weighing(tallies, names),
         "curves": _drawn(data.curves(run)),
+        "ended_early": data.ended_early(run),
         "findings": data.findings(run, tables, report),
         "sample": sample,
         "longest": TOKENS,

@@ -21,6 +21,7 @@ from fire_data.engines import Evaluator
 from fire_data.kept import Kept
 from fire_data.outside import called
 from fire_data.overview import start_over
+from fire_data.precision import reduced
 from fire_data.schemas.config import ADDED_TEACHER
 from fire_data.schemas.errors import ConfigError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
@@ -113,15 +114,20 @@ def lacks(addon: Addon, shard: Shard) -> bool:
     return not addon.stage.part.receipt_path(shard.name).exists()
 
 
-def write(addon: Addon, shard: Shard, rollouts: pa.Table, columns: pa.Table, started: float) -> Receipt:
+def write(
+    session: Session, addon: Addon, shard: Shard, rollouts: pa.Table, columns: pa.Table, started: float
+) -> Receipt:
     """Commit a shard of an addon whose columns were computed together with the scores."""
     part = addon.stage.part
-    return write_shard(part, shard, _beside(part, shard, rollouts, columns), addon.stage.fingerprint, started)
+    table = _beside(session, part, shard, rollouts, columns)
+    return write_shard(part, shard, table, addon.stage.fingerprint, started)
 
 
-def _beside(part: Part, shard: Shard, rollouts: pa.Table, columns: pa.Table) -> pa.Table:
+def _beside(session: Session, part: Part, shard: Shard, rollouts: pa.Table, columns: pa.Table) -> pa.Table:
     """The columns of an addon with the names of their rows."""
     named = columns.append_column("trajectory_id", rollouts["trajectory_id"])
+    if session.run.config.score.rounding:
+        named = reduced(named, part.table)
     return conform(named, part.table, f"{part.label}, shard {shard.name}")
 
 
@@ -139,7 +145,7 @@ def _topk(session: Session, round: int, source: Manifest) -> Addon:
 
     def make(shard: Shard) -> pa.Table:
         rollouts = sweep.rows(shard)
-        return _beside(part, shard, rollouts, sweep.columns(shard, rollouts))
+        return _beside(session, part, shard, rollouts, sweep.columns(shard, rollouts))
 
     def stats(done: list[Receipt]) -> dict[str, Any]:
         """How much of the probability the lists hold, mean over response tokens."""
@@ -166,7 +172,7 @@ def _base(session: Session, round: int, source: Manifest) -> Addon:
             require_known(rollouts, name, known, source_part, receipts[shard.name], "base model")
         plain = rollouts.select(["trajectory_id", "prompt_ids", "response_ids"])
         made = kept.completed(shard.name, "base", plain, lambda some: model().evaluate(some))
-        return _beside(part, shard, rollouts, made.select(["logprob"]).rename_columns(["base_logprob"]))
+        return _beside(session, part, shard, rollouts, made.select(["logprob"]).rename_columns(["base_logprob"]))
 
     fields = {
         "format": FORMAT,
@@ -174,6 +180,7 @@ def _base(session: Session, round: int, source: Manifest) -> Addon:
         "base": session.base_fields(),
         "vocabulary": {"size": ids.size, "allowed": digest(ids.allowed.nonzero()[0].tolist())},
         "rollouts": source.digest,
+        **cfg.rounding,
     }
     recorded = {**session.performance("score"), "base": session.run.base().model}
     stage = Stage(part, fields, source.plan, recorded)
@@ -244,7 +251,7 @@ def _teacher(session: Session, round: int, source: Manifest, name: str) -> Addon
             raise FingerprintError(text, where=f"{part.label}, shard {shard.name}", fix=fix)
         columns = _merged(name, rollouts, scored.filter(mine), made, kind)
         require_same_columns(part, shard, columns.column_names)
-        return _beside(part, shard, rollouts, columns)
+        return _beside(session, part, shard, rollouts, columns)
 
     def model() -> Evaluator:
         return engines.teacher_evaluator(session, name)
@@ -323,7 +330,7 @@ def _pass_rate(session: Session, round: int, source: Manifest) -> Addon:
                 f"{cut:.0%} of the teacher's answers in shard {shard.name} were cut at {longest} tokens"
             )
         column = pa.array(rates, pa.float32())
-        return _beside(part, shard, rollouts, pa.table({"teacher_pass_rate": column}))
+        return _beside(session, part, shard, rollouts, pa.table({"teacher_pass_rate": column}))
 
     def stats(done: list[Receipt]) -> dict[str, Any]:
         """Over trajectories: mean rate, and the shares whose prompt the teacher never or always gets right."""

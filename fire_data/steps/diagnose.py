@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from fire_data.diagnose import Facts, Finding, Weighed, diagnose, measure, merge
 from fire_data.diagnose.measure import COLUMNS, HISTORY_COLUMNS, TOPK, history
 from fire_data.diagnose.responses import summary
+from fire_data.precision import bits_of
 from fire_data.run import Run
 from fire_data.schemas.errors import DataError
 from fire_data.schemas.manifest import Manifest, Receipt
@@ -43,12 +44,14 @@ def diagnose_round(run: Run, round: int, name: str | None = None, report: Report
     beside = [(p, sealed(p), columns) for p, columns in _beside(run, round, scores, name)]
     report.start(part.label, sum(r.rows for r in scores.shards), "rows")
     there = {n for r in scores.shards[:1] for n in pq.read_schema(part.file(r.shard)).names}  # some are optional
+    bits = bits_of(scores)
+    rounding = 2.0 ** -(bits + 1) if bits else 0.0
     parts = []
     for i, receipt in enumerate(scores.shards):
         frame = _read(part, receipt, tuple(c for c in COLUMNS if c in there))
         for other, manifest, columns in beside:
             frame = _joined(frame, other, manifest.shards[i], columns)
-        parts.append(measure(frame))
+        parts.append(measure(frame, rounding=rounding))
         report.advance(receipt.rows)
     weights = next(((p, m) for p, m, _ in beside if p.stage == "weights"), None)
     return diagnose(merge(parts), _facts(run, round, rollouts, scores, weights))

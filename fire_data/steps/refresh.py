@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fire_data import trackers
 from fire_data.prompts import read_prompts
 from fire_data.run import Run
 from fire_data.schemas.config import TEACHER
-from fire_data.schemas.manifest import Manifest
 from fire_data.schemas.tables import REWARD
 from fire_data.session import Session
-from fire_data.shards import is_sealed, read_manifest
+from fire_data.shards import is_sealed
 from fire_data.steps.benchmarks import benchmarks, evaluated
 from fire_data.steps.evaluate import evaluate
 from fire_data.steps.rollout import rollout
+from fire_data.steps.rounds import is_accuracy, round_row, round_table
 from fire_data.steps.score import score
 from fire_data.steps.train import train
 from fire_data.steps.verify import check_prompts, verify
@@ -29,6 +30,7 @@ def refresh(session: Session, rounds: int, trainer: Callable[[Session, int], obj
     """
     run = session.run
     configured(run)  # a rule that cannot be is told before an hour of sampling
+    trackers.require(run.config.train.tracker)
     _require_inputs(run, rounds)
     if REWARD in run.needed_addons() and run.current_round() < rounds:
         check_prompts(run)
@@ -51,14 +53,20 @@ def refresh(session: Session, rounds: int, trainer: Callable[[Session, int], obj
             trainer(session, number)
         if held_out and not evaluated(run, number):
             evaluate(session, number)
+            if session.follower is not None:
+                session.follower.catch_up()
         if not finished:
             session.report.note(_line(round_row(run, number)))
     return round_table(run)
 
 
 def _require_inputs(run: Run, rounds: int) -> None:
-    """Raise, before anything is made, what a later stage would about a teacher or prompts that are not there."""
+    """Raise, before anything is made, what a later stage would about a teacher, prompts or peft that are not there."""
     left = [n for n in range(rounds) if not is_sealed(run.part("checkpoints", n))]
+    if left and run.config.train.lora is not None:
+        from fire_data.lora import require_peft
+
+        require_peft()
     if any(not is_sealed(run.part("rollouts", n)) for n in left):
         read_prompts(run.config.prompts.path, run.root)
     if not run.teachers and any(not is_sealed(run.part("scores", n)) for n in left):
@@ -70,52 +78,5 @@ def _require_inputs(run: Run, rounds: int) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     """A round in one line, for those who watch."""
-    wanted = {k: v for k, v in row.items() if v is not None and (k in ("kept", "reverse_kl") or _is_accuracy(k))}
+    wanted = {k: v for k, v in row.items() if v is not None and (k in ("kept", "reverse_kl") or is_accuracy(k))}
     return f"round {row['round']}: " + ", ".join(f"{k} {v:.3f}" for k, v in wanted.items())
-
-
-def round_table(run: Run) -> list[dict[str, Any]]:
-    """One row per finished round, the start first: accuracy, kept fraction, KL to the teacher, length, loss."""
-    return [
-        round_row(run, None),
-        *(round_row(run, n) for n in run.rounds() if is_sealed(run.part("checkpoints", n))),
-    ]
-
-
-def round_row(run: Run, number: int | None) -> dict[str, Any]:
-    """What is known of a round from its sealed manifests; None where a stage is missing."""
-    if number is None:
-        return {"round": "start", **_eval_numbers(run, "start")}
-    rollouts, scores, checkpoint = (read_manifest(run.part(s, number)) for s in ("rollouts", "scores", "checkpoints"))
-    rewards = read_manifest(run.part("addons", number, REWARD))
-    weights = read_manifest(run.part("weights", number))
-    return {
-        "round": number,
-        **_eval_numbers(run, number),
-        "reward": _stat(rewards, "mean_reward") if rewards else _stat(rollouts, "mean_reward"),
-        "length": _stat(rollouts, "mean_length"),
-        "truncated": _stat(rollouts, "truncated_fraction"),
-        "reverse_kl": _stat(scores, "reverse_kl"),
-        "kept": _stat(weights, "kept_fraction"),
-        "ess": _stat(weights, "effective_sample_share"),
-        "loss": _stat(checkpoint, "loss_last"),
-        "global_step": _stat(checkpoint, "global_step"),
-    }
-
-
-def _eval_numbers(run: Run, number: int | str) -> dict[str, Any]:
-    """Accuracies by metric, with the name of the benchmark before it where it has one."""
-    found: dict[str, Any] = {}
-    for name in benchmarks(run) if run.config.eval.prompts is not None else {None: ""}:
-        manifest = read_manifest(run.part("evals", number, name))
-        stats = manifest.stats if manifest else {}
-        found |= {k if name is None else f"{name} {k}": v for k, v in stats.items() if _is_accuracy(k)}
-    return found
-
-
-def _is_accuracy(name: str) -> bool:
-    return name.endswith("greedy") or "@" in name
-
-
-def _stat(manifest: Manifest | None, name: str) -> Any:
-    return manifest.stats.get(name) if manifest else None

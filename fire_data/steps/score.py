@@ -18,6 +18,7 @@ from fire_data.diagnose.checks import DRIFT_WARNING
 from fire_data.kept import Kept
 from fire_data.outside import called
 from fire_data.overview import start_over
+from fire_data.precision import reduced
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import MASSES, SIGNALS, TOPK_BOUND, conform
 from fire_data.session import Session
@@ -76,9 +77,11 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
         k, _ = wanted(shard)
         signals = sweep.columns(shard, rollouts)
         if topk is not None and k:
-            columns.write(topk, shard, rollouts, signals, started)
+            columns.write(session, topk, shard, rollouts, signals, started)
         for name in (c.name for c in (*SIGNALS, *MASSES) if c.name in signals.column_names):
             rollouts = rollouts.append_column(name, signals[name])
+        if cfg.score.rounding:  # before they are summed: sums are those of the numbers beside them
+            rollouts = reduced(rollouts, "scores")
         from fire_data.scoring import summarise
 
         return conform(summarise(rollouts), "scores", f"{stage.part.label}, shard {shard.name}")

@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fire_data import contract, files, metrics
+from fire_data import contract, files, metrics, trackers
+from fire_data.hub.redact import called
 from fire_data.overview import start_over, train_anew
 from fire_data.run import Run
+from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
 from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
-from fire_data.session import Session, verify_checkpoint
+from fire_data.session import Follows, Session, verify_checkpoint
 from fire_data.shards import Part, is_sealed, read_manifest, sealed, versions
 from fire_data.stages import Stage, finished, open_stage, seal
+from fire_data.steps.track import following
 from fire_data.steps.weigh import addon_tables, configured, weights_fields
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
     if not distributed.first():
         return _follow(session, round)
     run, cfg = session.run, session.run.config.train
+    trackers.require(cfg.tracker)
     part = run.part("checkpoints", round)
     scores, weights = _inputs(run, round)
     topk = _topk(run, round, scores[1], weights)
@@ -45,6 +49,7 @@ def train(session: Session, round: int, *, redo: bool = False) -> Manifest:
     files.remove_leftovers(part.tmp)
     if redo:
         start_over(run, "checkpoints", round, session.report)
+        session.unfollow()
 
     def waiting() -> None:
         session.report.note("another command trains this run: waiting for it to end")
@@ -129,10 +134,9 @@ def _fields(session: Session, round: int, scores: Manifest, weights: Manifest, t
         text = "student_logprob was scored with another student than the one to be trained"
         part = session.run.part("scores", round)
         raise FingerprintError(text, where=part.label, fix=f"{part.command} --redo")
-    settings = session.run.config.train.results()
     return {
         "format": FORMAT,
-        "train": {k: v for k, v in settings.items() if k not in ("weights", "batch_size", "keep_states")},
+        "train": session.run.config.train.executed(),
         "weights": session.run.config.trained_weights,
         "inputs": {
             "scores": scores.digest,
@@ -156,7 +160,7 @@ class _Training:
         weights: Sealed,
         topk: Sealed | None,
     ) -> None:
-        from fire_data import distributed, models, optim, trainmode
+        from fire_data import distributed, lora, models, optim, trainmode
 
         self.session, self.run, self.round, self.fingerprint = session, session.run, round, fingerprint
         self.cfg = session.run.config.train
@@ -165,8 +169,14 @@ class _Training:
         self.total = self.steps * self.cfg.epochs
         self.states = self.run.root / ".fire" / "train"
         start = self.run.config.student.model_copy(update={"device": distributed.load_device(self.cfg.device)})
+        self.adapters: dict[str, Any] | None = None  # what they are and whose, for the training state
+        if self.cfg.lora is not None:
+            lora.require_peft()
+            self.adapters = {**self.cfg.lora.results(), "student": session.student_fields(0)["weights"]}
         session.forget("student")
         self.model = models.load_model(start, self.run.root, dtype=_master_dtype(self.cfg.compute_dtype))
+        if self.cfg.lora is not None:
+            lora.attach(self.model, self.cfg.lora, self.run.config.seed, called(start.model, self.run.root))
         self.head = models.head_of(self.model)
         distributed.shard(self.model, self.cfg.device)
         self.writes = distributed.first()
@@ -174,6 +184,8 @@ class _Training:
             trainmode.use_attention(self.model, self.cfg.attention)
         self.optimizer = optim.make_optimizer(self.model, self.cfg)
         self.ratio: dict[str, float] = {}
+        self.stopped: dict[str, Any] = {}
+        self.follower: Follows | None = None
         self.global_step, self.done = self._restore()
 
     def finish(self) -> dict[str, Any]:
@@ -182,19 +194,23 @@ class _Training:
         if self.done < self.total or self.total == 0:
             self._train(log)
         self._export()
-        records = [r for r in metrics.read(log) if r.get("round") == self.round]
-        return {"global_step": self.global_step, "steps": self.total, **_summary(records)}
+        steps = metrics.steps(log, self.round)
+        return {"global_step": self.global_step, "steps": self.total, **self.stopped, **_summary(steps)}
 
     def _train(self, log: Path) -> None:
-        if self.writes:
-            metrics.rewind(log, self.global_step, self.run.part("checkpoints", self.round).tmp)
         report = self.session.report
+        if self.writes:
+            metrics.rewind(log, self.global_step, self.round, self.run.part("checkpoints", self.round).tmp)
+            self.follower = following(self.session)
         self._tell_of_padding()
         report.start(f"train round-{self.round:03d}", self.total, "steps", self.done)
         for batch in self._batches():
             if self.done == 0:
                 self._check(batch)
-            report.advance(1, self._step(batch, log))
+            tokens = self._step(batch, log)
+            if self.stopped:
+                break
+            report.advance(1, tokens)
             if self.cfg.save_every and self.done % self.cfg.save_every == 0 and self.done < self.total:
                 self._save()
         self._save()
@@ -217,24 +233,46 @@ class _Training:
         )
 
     def _step(self, batch: StepBatch, log: Path) -> int:
-        """One optimizer step; the response tokens that it was about."""
+        """One optimizer step, or the end of the round in its place; the response tokens that it was about."""
         from fire_data.training import train_step
 
+        # At the first step nothing has moved: without it, a bound within the noise of rounding would train nothing.
         numbers = train_step(
-            self.model, self.head, self.optimizer, batch, self.cfg, self.session.vocabulary, self.global_step
-        )
+            self.model, self.head, self.optimizer, batch, self.cfg, self.session.vocabulary, self.global_step,
+            gauge=self.done > 0,
+        )  # fmt: skip
         place = {
             "global_step": self.global_step,
             "round": self.round,
             "epoch": self.done // self.steps,
             "step": batch.step,
         }
+        record = place | numbers | self.ratio
         if self.writes:
-            metrics.append(log, place | numbers | self.ratio)
+            metrics.append(log, record)
+        if self.follower is not None:
+            self.follower.step(record)
         self.ratio = {}
-        self.global_step += 1
-        self.done += 1
+        if "stopped_by" in numbers:
+            self._stop(numbers)
+        else:
+            self.global_step += 1
+            self.done += 1
         return int(numbers["tokens"])
+
+    def _stop(self, numbers: dict[str, Any]) -> None:
+        """End the round at the steps that were applied: the policy has moved too far from the one that sampled."""
+        unused = self.weights[1].stats["steps"][self.done :]
+        self.stopped = {
+            "stopped_at": self.global_step,
+            "stopped_by": numbers["stopped_by"],
+            "stopped_drift_kl": numbers["drift_kl"],
+            "stopped_ess": numbers["ess"],
+            "unused_steps": self.total - self.done,
+            "unused_trajectories": sum(s["trajectories"] for s in unused),
+        }
+        self.total = self.done
+        self.session.report.note(_stop_line(self.round, self.done, self.stopped, self.cfg))
 
     def _check(self, batch: StepBatch) -> None:
         """Before the first step: the data must be about this very model (DESIGN: ratio check)."""
@@ -255,6 +293,8 @@ class _Training:
             "done": self.done,
             "total": self.total,
             "fingerprint": self.fingerprint,
+            "adapters": self.adapters,
+            **({"stopped": self.stopped} if self.stopped else {}),
         }
         trainstate.save_state(
             self.states / f"step-{self.global_step:08d}-round-{self.round:03d}", self.model, self.optimizer, meta
@@ -264,14 +304,18 @@ class _Training:
 
     def _restore(self) -> tuple[int, int]:
         """(global step, steps of this round already done), from the newest state that fits or the given student."""
-        from fire_data import trainstate
+        from fire_data import lora, trainstate
 
         found = trainstate.whole_states(self.states)
         mine = [(p, m) for p, m in found if (m["round"], m["fingerprint"]) == (self.round, self.fingerprint)]
         before = [(p, m) for p, m in found if m["round"] == self.round - 1 and m["done"] == m["total"]]
         if mine or before:
             folder, meta = (mine or before)[0]
+            last = self.run.part("checkpoints", max(self.round - 1, 0)).folder
+            lora.require_same(meta.get("adapters"), self.adapters, str(folder), last)
             trainstate.load_state(folder, self.model, self.optimizer)
+            if mine:  # a round that was ended early has fewer steps than were planned
+                self.total, self.stopped = meta["total"], meta.get("stopped", {})
             return meta["global_step"], meta["done"] if mine else 0
         if found:
             newest = found[0][1]
@@ -305,6 +349,17 @@ def _master_dtype(compute: str) -> str:
     return "float64" if compute == "float64" else "float32"
 
 
+def _stop_line(round: int, done: int, stopped: dict[str, Any], cfg: TrainConfig) -> str:
+    """Why a round ended before its last step, for those who watch."""
+    name = stopped["stopped_by"]
+    what, side = ("drift_kl", "above") if name == "max_drift_kl" else ("ess", "below")
+    return (
+        f"round {round} ended after {done} of {done + stopped['unused_steps']} steps: {what} "
+        f"{stopped[f'stopped_{what}']:.3g} is {side} train.{name} {getattr(cfg, name):g}; "
+        f"{stopped['unused_trajectories']} trajectories were not used; the next round samples afresh"
+    )
+
+
 def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """First and last loss, and what was skipped, for the manifest."""
     done = [r for r in records if not r["skipped"]]
@@ -320,6 +375,7 @@ def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
         **({"fkl_loss_last": done[-1]["fkl_loss"]} if "fkl_loss" in done[-1] else {}),
         "grad_norm_last": done[-1]["grad_norm"],
         "drift_kl_last": done[-1]["drift_kl"],
+        "ess_last": done[-1].get("ess"),
         "tokens_per_second": executed / sum(seconds),
     }
 
@@ -328,11 +384,11 @@ def _receipts(part: Part, fingerprint: str) -> list[Receipt]:
     """One receipt per file of the checkpoint."""
     if not part.folder.is_dir():
         raise DamagedError("the checkpoint vanished", where=str(part.folder), fix=part.command)
-    found = sorted(p for p in part.folder.iterdir() if p.is_file())
+    found = sorted((p.relative_to(part.folder).as_posix(), p) for p in part.folder.rglob("*") if p.is_file())
     return [
         Receipt(
-            shard=p.name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
+            shard=name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
             fingerprint=fingerprint, versions=versions(),
         )
-        for p in found
+        for name, p in found
     ]  # fmt: skip

@@ -6,6 +6,7 @@ import itertools
 import shlex
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import polars as pl
@@ -25,7 +26,7 @@ from fire_data.stages import Reporter, Silent, Stage, run_stage
 from fire_data.summary import merge_summaries, summarise
 from fire_data.teachers import Bounds, Teachers, require_exact, stored_bounds
 
-_LANES = 2  # one shard is computed while another is written
+_LANES = 2  # shards made at the same time: reading, most of computing, hashing and writing use one core each
 
 
 def configured(run: Run) -> Weighing:
@@ -60,10 +61,12 @@ def weigh(run: Run, round: int, report: Reporter | None = None, *, redo: bool = 
     stage = Stage(run.part("weights", round, run.config.weights_name), fields, source.plan, recorded)
 
     done: dict[str, dict[str, float]] = {}
-    one_at_a_time = threading.Lock()
+    # What several shards share, or a user's code that may not expect company, is for one shard at a time to use.
+    apart = rule.rule.reads == "shard" and all(own.is_ours(r) for r in every(rule.rule))
+    turn: AbstractContextManager[Any] = nullcontext() if apart else threading.Lock()
 
     def make(shard: Shard) -> pa.Table:
-        with one_at_a_time:  # while the shard before is written
+        with turn:
             weights = work.weighted(shard.name)
         done[shard.name] = summarise(weights, weights["weight"].list.len())
         table = weights.to_arrow(compat_level=pl.CompatLevel.oldest())
@@ -119,6 +122,7 @@ class ScoredRound:
         self._seen: set[str] = set()
         self.last: Decided | None = None
         self._fitted: weighing.Fitted | None = None
+        self._fitting = threading.Lock()
         self.bounds = require_exact(rule.rule, rule.teachers, rule.entropy, self._stored_bounds(), self.part.label)
 
     def __len__(self) -> int:
@@ -126,18 +130,21 @@ class ScoredRound:
 
     @property
     def fitted(self) -> weighing.Fitted:
-        if self._fitted is None:
-            empty = pl.DataFrame(schema={c: t for _, s in self._sources() for c, t in s.items()})
-            require_columns(prepare(empty.lazy(), self.rule), self.rule, self.place)
-            fitted = weighing.fit(self, self.rule)
-            # Values are looked at when they are read: of those that only the weights need, token columns are left to
-            # then, so that they are read once.
-            rows = [c for c in self.rule.columns if c in empty.schema and not isinstance(empty.schema[c], pl.List)]
-            if left := [c for c in rows if c not in self._seen]:
-                for i in range(len(self)):
-                    self.read(range(i, i + 1), left)
-            self._fitted = fitted
+        with self._fitting:
+            self._fitted = self._fitted or self._fit()
         return self._fitted
+
+    def _fit(self) -> weighing.Fitted:
+        empty = pl.DataFrame(schema={c: t for _, s in self._sources() for c, t in s.items()})
+        require_columns(prepare(empty.lazy(), self.rule), self.rule, self.place)
+        fitted = weighing.fit(self, self.rule)
+        # Values are looked at when they are read: of those that only the weights need, token columns are left to then,
+        # so that they are read once.
+        rows = [c for c in self.rule.columns if c in empty.schema and not isinstance(empty.schema[c], pl.List)]
+        if left := [c for c in rows if c not in self._seen]:
+            for i in range(len(self)):
+                self.read(range(i, i + 1), left)
+        return fitted
 
     def weighted(self, shard: str) -> pl.DataFrame:
         """The rows of one shard of the weights table."""

@@ -182,18 +182,25 @@ def _first(
             for name, value in (("setgroups", "deny"), ("uid_map", f"{_UID} {uid} 1"), ("gid_map", f"{_UID} {gid} 1")):
                 with open(f"/proc/self/{name}", "w") as file:
                     file.write(value)
+            outside, held = os.pipe()
             second = os.fork()
             if second:
                 os._exit(_code(os.waitpid(second, 0)[1]))
-            # The first process of the namespace: all others end with it. Its parent is outside, without a number here.
+            # The first process of the namespace: all others end with it. Its parent is outside, without a number here:
+            # that it lives is told by the pipe of which it alone holds the other end.
+            os.close(held)
             _call("prctl", _SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if select.select([outside], [], [], 0)[0]:
+                os._exit(97)
         if isolation.files:
             _read_only(folder)
         os.chdir(folder)
         with open("main.py", "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(source)
+        me = os.getpid()
         program = os.fork()
         if program == 0:
+            _die_with(me)
             _become(stdin, stdout, stderr, limits, isolation, folder)
         while True:
             pid, status = os.wait()

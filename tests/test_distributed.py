@@ -181,6 +181,27 @@ def test_a_killed_process_ends_the_others_who_say_so() -> None:
     assert on(2, _vanish) == [1, -9]  # IncompleteError, without the command line
 
 
+def _leave_a_child(pid: Path) -> None:
+    if os.fork() == 0:
+        distributed._end_with_the_parent()
+        pid.write_text(str(os.getpid()))
+        time.sleep(60)
+        os._exit(0)
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing tells them")
+def test_a_killed_launcher_takes_its_processes_along(tmp_path: Path) -> None:
+    assert on(1, _leave_a_child, tmp_path / "pid") == [-9]
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    until = time.monotonic() + 10
+    while status.exists() and "\tZ" not in status.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
 def test_rows_are_dealt_by_their_lengths_alone_and_evenly() -> None:
     lengths = [int(n) for n in np.random.default_rng(0).lognormal(5, 1, 200)]
     for parts in (1, 2, 3, 8):

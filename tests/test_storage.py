@@ -31,6 +31,7 @@ from fire_data.shards import (
     read_receipt,
     read_schema,
     read_shard,
+    sealed,
     verify_shard,
     write_shard,
 )

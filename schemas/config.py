@@ -34,8 +34,6 @@ ADDED_TEACHER = "teacher."  # with the teacher's name: all rows under one teache
 REDUCED_BITS = 10  # of the 23 in a float32's mantissa, where `score.precision` is reduced
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$"  # a folder under weights/, not a path
-# Names that transformers has, or kernels of the Hub.
-_ATTENTION = r"^(sdpa|eager|flex_attention|flash_attention_[2-4]|[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?)$"
 _ROUTE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 # A rule's components: a file, which may hold a + if it begins with a slash or a dot, or a name.
 _COMPONENT = re.compile(r"((?:\.{0,2}/|~).*?\.py(?::\w+)?(?=\+|$)|[^+]*)(?:\+|$)")
@@ -273,10 +271,8 @@ class TrainConfig(Section):
     packing: Literal["auto", "on", "off"] = _perf(
         "auto", "rows one after the other instead of padded; auto: where attention takes rows of any length (flash)"
     )
-    attention: str | None = _perf(
-        None,
-        "transformers' attention while training: sdpa, eager, flash_attention_2 (bfloat16); null: the model's default",
-        pattern=_ATTENTION,
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] | None = _perf(
+        None, "how transformers computes attention while training; flash needs bfloat16; null: the model's default"
     )
     logits_budget_mb: int = _perf(256, "no [positions, vocabulary] float tensor is larger than this", ge=1)
     gradient_checkpointing: bool = _perf(False, "recompute activations in the backward pass: less memory, more time")

@@ -273,7 +273,6 @@ def test_positions_start_anew_in_every_row() -> None:
 
 def test_flash_attention_asks_for_half_precision_and_for_its_package() -> None:
     TrainConfig(attention="flash_attention_2", compute_dtype="bfloat16")
-    TrainConfig(attention="kernels-community/flash-attn2", compute_dtype="bfloat16")
     with pytest.raises(ValueError, match="flash_attention_2 needs compute_dtype: bfloat16"):
         TrainConfig(attention="flash_attention_2")
     with pytest.raises(ValueError, match="attention"):

@@ -41,7 +41,6 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("fire train runs/mine", "what fire.yaml names"),
         ("fire train runs/mine --set train.weights=p30", "by another rule"),
         ("fire train runs/mine --launch 2 --redo", "anew, on two GPUs"),
-        ("fire train runs/mine --tracker trackio", "curves while it trains"),
         ("fire train runs/theirs --from hf://datasets/user/name", "shared scores"),
     ),
     "verify": (
@@ -51,6 +50,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     ),
     "run": (
         ("fire run runs/mine --rounds 10", "10 in all; again after a kill"),
+        ("fire run runs/mine --rounds 10 --tracker trackio", "with curves"),
         ("fire run runs/mine --rounds 10 --json", "the table for machines"),
     ),
     "eval": (

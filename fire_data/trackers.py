@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -91,14 +91,13 @@ def _tensorboard(root: Path, run: str, id: str, config: dict[str, Any]) -> Track
 
 
 def _trackio(root: Path, run: str, id: str, config: dict[str, Any]) -> Tracker:
-    import trackio
-
+    trackio: Any = import_module("trackio")
     name = f"{run}-{id}"  # trackio knows runs by name
     with contextlib.suppress(ValueError):  # no such project yet
         for old in trackio.Api().runs(PROJECT):
             if old.name == name:
                 old.delete()
-    opened: Any = trackio.init(PROJECT, name=name, config=config, embed=False, auto_log_gpu=False, auto_log_cpu=False)
+    opened = trackio.init(PROJECT, name=name, config=config, embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
     def log(step: int, values: dict[str, float]) -> None:
         opened.log(values, step=step)
@@ -115,13 +114,12 @@ def _trackio(root: Path, run: str, id: str, config: dict[str, Any]) -> Tracker:
 
 def _wandb(root: Path, run: str, id: str, config: dict[str, Any]) -> Tracker:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
-    import wandb
-
-    mode: Any = os.environ.get("WANDB_MODE") or "offline"
+    wandb: Any = import_module("wandb")
+    mode = os.environ.get("WANDB_MODE") or "offline"
     above = Path(os.environ.get("WANDB_DIR") or root)
     for old in (above / "wandb").glob(f"offline-run-*-{id}"):
         files.remove(old)
-    opened: Any = wandb.init(
+    opened = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or PROJECT,
         id=id,
         name=run,

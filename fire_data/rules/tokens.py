@@ -28,8 +28,7 @@ def token_frame(
     chosen = [c for c in roots if c in frame.columns and c not in (ROW, "position")]
     lists = [c for c in chosen if isinstance(frame.schema[c], pl.List)]
     lengths = frame["length"].cast(pl.Int64).to_numpy()
-    # Without any column there would be no rows.
-    columns = [_repeated(frame[ROW], lengths).set_sorted()] if ROW in roots or not chosen else []
+    columns = [_repeated(frame[ROW], lengths).set_sorted()]
     columns += [flatten(frame[c]) if c in lists else _repeated(frame[c], lengths) for c in chosen]
     if "position" in roots:
         first = np.repeat(lengths.cumsum() - lengths, lengths)

@@ -50,7 +50,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     ),
     "run": (
         ("fire run runs/mine --rounds 10", "10 in all; again after a kill"),
-        ("fire run runs/mine --rounds 10 --tracker trackio", "with curves"),
+        ("fire run runs/mine --tracker trackio", "one round, with curves"),
         ("fire run runs/mine --rounds 10 --json", "the table for machines"),
     ),
     "eval": (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client once, when it is imported
 
@@ -19,6 +20,9 @@ from fire_data.run import Run
 from fire_data.shards import Part
 
 from .hub_server import Caller, Hub, calling, serving
+
+settings.register_profile("patient", deadline=None)  # how long an example takes is not a promise
+settings.load_profile("patient")
 
 PROMPTS, HELD_OUT = 12, 6
 Values = dict[str, Any]

@@ -17,7 +17,6 @@ from fire_data.verify.estimates import maj_at_k, mean, pass_at_k, per_prompt
 VOTES = st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=9), st.data())
 def test_pass_at_k_is_the_share_of_draws_with_a_right_one(right: list[bool], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(right)))
@@ -45,7 +44,7 @@ def majority(drawn: tuple[int, ...], votes: list[str | None], rewards: list[floa
     return sum(worth) / len(winners)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(VOTES, st.data())
 def test_maj_at_k_is_the_mean_over_all_draws(votes: list[str | None], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(votes)))

@@ -769,7 +769,7 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *[p for key, value in inner for p in places(value, (*path, key))]]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_whatever_stands_anywhere_in_an_answer_it_is_read_or_malformed(data: st.DataObject) -> None:
     answer = json.loads(json.dumps(ANSWER))

@@ -88,7 +88,7 @@ def cases(draw: Any) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, V
     return (logits[0], logits[1]), ids_T, vocabulary, draw(st.integers(0, min(3, len(places))))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_signals_equal_their_definitions_on_whole_rows(
     case: tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, Vocabulary, int],

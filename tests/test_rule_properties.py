@@ -26,7 +26,7 @@ from tests.ragged import edge_cases, populations, ragged, rows_of
 NAMES = sorted(set(RULES) - {"expression"})
 MADE = {"step", "keep", "drop_reason", "weight", "advantage", "coefficient", "token_keep", "fkl_coefficient"}
 EDGES = edge_cases(topk=3)
-few = settings(max_examples=3, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=3, derandomize=True, database=None)
 
 
 @st.composite

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by the Hub's client once, when it is imported
 
@@ -21,7 +21,8 @@ from fire_data.shards import Part
 
 from .hub_server import Caller, Hub, calling, serving
 
-settings.register_profile("patient", deadline=None)  # how long an example takes is not a promise
+# How long an example takes is not a promise.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
 PROMPTS, HELD_OUT = 12, 6

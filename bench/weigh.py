@@ -3,7 +3,10 @@
 The scores are synthetic: one shard is made, and the others are its rows under names of their own. `copy` reads with
 pyarrow the token columns that the rule reads and writes as many float lists as weights has, with the settings that all
 shards are written with, and does no arithmetic: no receipts, hashes, fsync, validation or statistics. So it is a limit,
-not a peer. `copy of both` reads and writes as many columns as those together. Response tokens per second, whole stage.
+not a peer. `copy of both` reads and writes as many columns as those together. `duckdb` is what one would write instead:
+rule `fire` as two queries, the fit over all shards and the weights of one shard after the other, with equal
+coefficients but no receipts, hashes or checks of what is read. Left out where DuckDB is not installed (extra `bench`),
+and for other rules. Response tokens per second, whole stage.
 
 With `--threads 1` a case may use one core only, so that making two shards at a time gains nothing; with 2, two.
 Peak memory is that of the first repetition in a process of its own, on top of what was there when it began.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import importlib.util
 import os
 import shutil
 import sys
@@ -47,7 +51,8 @@ SIZES: measure.Sizes = {
     "folder": ("", "", "where the scores are made; default: a temporary folder"),
     "keep": (0, 0, "1: leave the scores in --folder, and use what is there"),
 }
-CASES = ["fire", "copy", "copy of both"]
+DUCKDB = importlib.util.find_spec("duckdb") is not None
+CASES = ["fire", "copy", "copy of both", *(["duckdb"] if DUCKDB else [])]
 READ = ("student_logprob", "student_entropy", "teacher_logprob", "teacher_entropy")
 WRITTEN = ("weight", "advantage", "coefficient")
 MORE = ("reverse_kl", "forward_kl", "student_max_logprob")  # as many as are written
@@ -55,7 +60,7 @@ MORE = ("reverse_kl", "forward_kl", "student_max_logprob")  # as many as are wri
 
 def main() -> None:
     """Make the scores, in a process that is not measured, and measure."""
-    groups = dict.fromkeys(_asked(), CASES)
+    groups = _asked()
     if "--worker" in sys.argv:
         measure.main(__doc__ or "", SIZES, groups, prepare)
         return
@@ -74,13 +79,15 @@ def main() -> None:
             shutil.rmtree(folder)
 
 
-def _asked() -> list[str]:
-    """The groups, called after the millions of tokens they have."""
+def _asked() -> dict[str, list[str]]:
+    """The groups, called after the millions of tokens they have, with their cases."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tokens")
+    parser.add_argument("--rule", default="fire")
     parser.add_argument("--smoke", action="store_true")
     given, _ = parser.parse_known_args()
-    return [f"{count} million" for count in (given.tokens or SIZES["tokens"][given.smoke]).split(",")]
+    cases = [case for case in CASES if case != "duckdb" or given.rule == "fire"]
+    return {f"{count} million": cases for count in (given.tokens or SIZES["tokens"][given.smoke]).split(",")}
 
 
 def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
@@ -111,11 +118,68 @@ def prepare(group: str, case: str, options: argparse.Namespace) -> measure.Work:
             table = pq.read_table(file, columns=["trajectory_id", *READ, *MORE])
             write_parquet(copies / file.name, table, "")
 
+    def sql() -> None:
+        duckdb_weights(files, copies, options)
+
     def work() -> measure.Done:
-        {"fire": fire, "copy": copy, "copy of both": both}[case]()
-        return measure.Done(tokens)
+        {"fire": fire, "copy": copy, "copy of both": both, "duckdb": sql}[case]()
+        made = {"fire": run.part("weights", 0, options.rule).folder, "duckdb": copies}.get(case)
+        return measure.Done(tokens, witness(made) if made else {})
 
     return work
+
+
+def witness(folder: Path) -> dict[str, float]:
+    """The size of the coefficients, and the share of trajectories that is kept, of the first shard."""
+    table = pq.read_table(sorted(folder.glob("*.parquet"))[0], columns=["keep", "coefficient"])
+    coefficients = table["coefficient"].combine_chunks().flatten().to_numpy()
+    kept = table["keep"].to_numpy().mean()
+    return {"size": float(np.abs(coefficients, dtype=np.float64).mean()), "kept": float(kept)}
+
+
+FIT = """
+CREATE TEMP TABLE fitted AS
+WITH named AS (
+  SELECT (row_number() OVER () - 1) // {size} AS step, teacher_logprob_sum / length AS score, length,
+    teacher_entropy_max AS t_max, student_entropy_max AS s_max,
+    teacher_entropy_sum AS t, student_entropy_sum AS s, entropy_product_sum AS both_
+  FROM read_parquet({files})
+), limits AS (
+  SELECT step, quantile_cont(score, 0.2) AS threshold, max(t_max) AS t_limit, max(s_max) AS s_limit
+  FROM named GROUP BY step
+)
+SELECT step, threshold, t_limit, s_limit,
+  sum(2 * length + 2 * s / s_limit - t / t_limit - both_ / (t_limit * s_limit)) / sum(length) AS mean,
+  coalesce(sum(length) FILTER (score >= threshold), 0) AS counted
+FROM named JOIN limits USING (step) GROUP BY ALL
+"""
+WEIGH = """
+COPY (
+  SELECT trajectory_id, step, keep, CASE WHEN keep THEN NULL ELSE 'below the quantile' END AS drop_reason,
+    list_transform(tokens, x -> x.w) AS weight, list_transform(tokens, x -> x.a) AS advantage,
+    list_transform(tokens, x -> CASE WHEN keep THEN (x.w * x.a / counted)::FLOAT ELSE 0 END) AS coefficient
+  FROM (
+    SELECT trajectory_id, step, teacher_logprob_sum / length >= threshold AS keep, counted,
+      list_transform(list_zip(teacher_entropy, student_entropy, teacher_logprob, student_logprob), x -> {{
+        'w': ((2 - x[1] / t_limit) * (1 + x[2] / s_limit) / mean)::FLOAT, 'a': x[3] - x[4]
+      }}) AS tokens
+    FROM (SELECT *, ({first} + file_row_number) // {size} AS step FROM read_parquet('{file}', file_row_number = true))
+    JOIN fitted USING (step)
+  )
+) TO '{target}' (FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 1)
+"""
+
+
+def duckdb_weights(files: list[Path], target: Path, options: argparse.Namespace) -> None:
+    """Rule `fire` with its defaults, in SQL; the folder gets one file per shard."""
+    duckdb: Any = importlib.import_module("duckdb")
+    with duckdb.connect(config={"threads": options.threads, "preserve_insertion_order": True}) as database:
+        database.execute(FIT.format(size=options.batch_size, files=[str(f) for f in files]))
+        first = 0
+        for file in files:
+            place = {"first": first, "size": options.batch_size, "file": file, "target": target / file.name}
+            database.execute(WEIGH.format(**place))
+            first += options.rows
 
 
 def scored(options: argparse.Namespace, folder: Path) -> Run:

@@ -254,11 +254,15 @@ def floats(column: str) -> pl.Expr:
     return pl.col(column).cast(pl.List(pl.Float64))
 
 
+def looked_at(weighing: Weighing) -> list[str]:
+    """The columns whose values are checked: all that are needed, but for those that are made from such columns."""
+    return [c for c in weighing.columns if weighing.teachers.routed or c not in MADE]
+
+
 def check_values(frame: pl.DataFrame, weighing: Weighing, run: str = "RUN") -> None:
     """Raise DataError, naming row and column, if a needed column has no value, one that is not finite, or a token
-    column is not as long as the others. Looked at are the columns that are there."""
-    made = () if weighing.teachers.routed else MADE  # from columns that are looked at themselves
-    for name in (c for c in weighing.columns if c not in made and c in frame.columns):
+    column is not as long as the others. Looked at are the columns of `looked_at` that are there."""
+    for name in (c for c in looked_at(weighing) if c in frame.columns):
         if isinstance(frame.schema[name], pl.List):
             bad = None if _is_sound(frame[name], frame["length"]) else _bad_list(frame.lazy(), name)
         elif frame.schema[name].is_numeric() or frame.schema[name] == pl.Null:

@@ -192,7 +192,8 @@ def _write_files(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             path = folder / pieces.file_name(kind)
             save_file({name: tensor.contiguous() for name, tensor in held.items()}, path, places)
             files[path.name] = _describe(path)
-    return {name: each[name] for each in distributed.gathered(files) for name in each}
+    described = {name: each[name] for each in distributed.gathered(files) for name in each}
+    return {name: described[name] for name in sorted(described)}  # kinds come in another order after a resume
 
 
 def _write_record(folder: Path, model: nn.Module, files: dict[str, Any], meta: dict[str, Any]) -> None:

@@ -16,7 +16,17 @@ import polars as pl
 from numpy.typing import DTypeLike, NDArray
 
 from fire_data.coefficient import blocks, multiply
-from fire_data.prepare import OUTPUT, Decided, Pieces, Table, Weighing, check_values, prepare, require_columns
+from fire_data.prepare import (
+    OUTPUT,
+    Decided,
+    Pieces,
+    Table,
+    Weighing,
+    check_values,
+    looked_at,
+    prepare,
+    require_columns,
+)
 from fire_data.rules import Composite, Rule, Stats, Uniform, make_rule, own
 from fire_data.rules.base import GROUP, KEY, ROW, STEP, Mean, scope_keys
 from fire_data.rules.evaluate import LARGEST, decide, part_columns
@@ -79,7 +89,7 @@ def weigh(
     fresh = whole.lazy().drop(name for name in given if name in _SUMMARIES and _source(name) in given)
     prepared = prepare(fresh, weighing)
     require_columns(prepared, weighing)
-    check_values(prepared.select(ROW, "length", *weighing.columns).collect(), weighing)
+    check_values(prepared.select(ROW, "length", *looked_at(weighing)).collect(), weighing)
     table = Pieces(prepared)
     weights = apply(table, 0, weighing, fit(table, weighing)).drop("trajectory_id")
     kept = [c for c in given if c not in weights.columns]

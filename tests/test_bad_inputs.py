@@ -26,7 +26,7 @@ import pytest
 from fire_data.cli import stages
 from fire_data.run import Run
 from fire_data.schemas.manifest import Shard
-from fire_data.shards import read_manifest, read_receipt, read_shard, write_shard
+from fire_data.shards import is_sealed, read_manifest, read_receipt, read_shard, write_shard
 
 from .conftest import Answer, flip
 
@@ -153,7 +153,7 @@ def test_a_logprob_that_is_no_number(tmp_path: Path, make_fake_run: MakeRun, fir
     assert fire("check", run.root).code == 0, "its bytes are in order"
     answer = expect(fire("weigh", run.root), 3, "'teacher_logprob'", "row 3")
     assert "score" in answer.fix
-    assert not (run.root / "weights").exists()
+    assert not is_sealed(run.part("weights", 0, run.config.weights_name)), "no weights to train on"
 
 
 def test_an_engine_that_returns_no_number_is_stopped_before_it_is_written(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 from scipy.special import logsumexp
@@ -877,7 +878,10 @@ def test_tables_about_other_trajectories_are_not_joined(real: Run) -> None:
 def test_damaged_scores_are_not_diagnosed(tmp_path: Path, make_fake_run: MakeRun, fire: Fire) -> None:
     run = make_fake_run(tmp_path / "run")
     assert fire("rollout", run.root).code == fire("score", run.root).code == 0
-    flip(shard_files(run.part("scores", 0))[1], 4000)
+    shard = shard_files(run.part("scores", 0))[1]
+    group = pq.read_metadata(shard).row_group(0)
+    columns = (group.column(i) for i in range(group.num_columns))
+    flip(shard, next(c.data_page_offset for c in columns if c.path_in_schema.startswith("teacher_entropy.")) + 50)
     answer = fire("diagnose", run.root)
     assert answer.code == 3
     assert answer.fix == f"fire score {run.root} --round 0"

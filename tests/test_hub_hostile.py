@@ -224,7 +224,7 @@ def test_every_text_in_the_settings_was_thought_of() -> None:
         "model", "revision", "chat_template", "chat_template_kwargs", "system",
     )]  # fmt: skip
     others = ["verify.kind", "verify.pattern", "score.add", "weigh.rule", "weigh.name", "weigh.params", "weigh.teacher"]
-    assert sorted(texts(Config)) == sorted([*models, *others, "train.weights"])
+    assert sorted(texts(Config)) == sorted([*models, *others, "train.weights", "train.lora.targets"])
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ import pytest
 import fire_data as fd
 from fire_data import weighing
 from fire_data.compare import COLUMNS
-from fire_data.prepare import Pieces, Weighing, check_values, prepare, require_columns
+from fire_data.prepare import Pieces, Weighing, check_values, looked_at, prepare, require_columns
 from fire_data.rules import RULES, describe_rule, make_rule
+from fire_data.rules.base import ROW
 from fire_data.run import Run, open_run
 from fire_data.schemas.errors import ConfigError, DataError, IncompleteError
 from fire_data.schemas.manifest import Manifest
@@ -351,7 +352,7 @@ def test_bad_values_of_a_teacher_are_told_with_its_column(column: str, value: li
         assert caught.value.fix == f"fire score RUN --add teacher.{column.partition('.')[2]} --redo"
         around = weighs("fire", how)
         with pytest.raises(DataError, match=words):
-            check_values(prepare(frame.lazy(), around), around)
+            check_values(prepare(frame.lazy(), around).select(ROW, "length", *looked_at(around)).collect(), around)
 
 
 def test_teachers_are_those_of_the_columns_in_their_order() -> None:

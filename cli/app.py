@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evals, explain, look, plan, report, share, stages
+from . import evals, experiment, explain, look, plan, report, share, stages
 from .errors import entry
 from .examples import epilog
 
@@ -57,6 +57,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "rules": look.rules,
     "push": share.push,
     "pull": share.pull,
+    "experiment": experiment.experiment,
     "env": look.env,
     "demo": look.demo,
 }
@@ -66,7 +67,7 @@ PANELS = {
     "A round": ("init", "rollout", "verify", "score", "weigh", "train", "run", "eval"),
     "Look": ("plan", "status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules"),
     "Share": ("push", "pull"),
-    "More": ("env", "demo"),
+    "More": ("experiment", "env", "demo"),
 }
 
 

@@ -2,8 +2,8 @@
 
 `round` counts rounds trained, so 0 is the given student. Tokens and steps are sums up to there: `rollout_tokens` is
 what was written and scored, `trained_tokens` is those of them that the rule keeps, in one pass. Accuracies are null for
-rounds without an evaluation. `drift` is the KL estimate, in nats per token, between the student that wrote the round and
-the one before the round's last step. `cpu_seconds` are those of one round, its evaluation included.
+rounds without an evaluation. `drift` is the KL estimate, in nats per token, between the student that wrote the round
+and the one before the round's last step. `cpu_seconds` are those of one round, its evaluation included.
 """
 
 from __future__ import annotations

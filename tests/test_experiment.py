@@ -321,3 +321,67 @@ def test_a_cell_that_has_not_come_to_the_end_is_in_no_comparison() -> None:
     cut = table.filter(~((pl.col("arm") == "bad") & (pl.col("seed") == 2) & (pl.col("round") == 10)))
     told = summaries.summarise(cut, spec)
     assert {c["n"] for c in told["comparisons"]} == {2}
+
+
+# A world in which there is something to learn and to lose, in seconds.
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A teacher that adds one to three digits, and a student that stopped learning it half way."""
+    from types import SimpleNamespace
+
+    from fire_data.worlds import successor
+    from fire_data.worlds.world import Sizes, fit, make_tokenizer, new_model, one_thread, save, stream
+
+    folder = tmp_path_factory.mktemp("learnt")
+    tokenizer, sizes = make_tokenizer(successor.WORDS), Sizes(hidden=32, heads=2, intermediate=64)
+    with pytest.MonkeyPatch.context() as patch, one_thread():
+        patch.setattr(successor, "LENGTH", 3)
+        for name, steps in (("teacher", 150), ("student", 60)):
+            model, rng = new_model(tokenizer, sizes, 0), stream(0, name)
+
+            def draw(rng: Any = rng) -> tuple[str, str]:
+                problem = successor.make_problem(rng)
+                return problem, successor.solution(problem, rng)
+
+            fit(model, tokenizer, draw, sizes, steps, 6e-3, lambda *_: None)
+            save(model, tokenizer, folder / name)
+        rng = stream(1, "prompts")
+        for name in ("prompts", "held_out"):
+            problems = [successor.make_problem(rng) for _ in range(64)]
+            told = [{"prompt": p, "answer": successor.truth(p), "prompt_id": str(i)} for i, p in enumerate(problems)]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    return SimpleNamespace(
+        student=folder / "student", teacher=folder / "teacher", prompts=folder / "prompts.jsonl",
+        held_out=folder / "held_out.jsonl",
+    )  # fmt: skip
+
+
+def test_a_rule_that_is_known_to_harm_is_found_worse_on_real_runs(learnt: Any, tmp_path: Path) -> None:
+    spec = written(
+        tmp_path, learnt, seeds=3, rounds=8, evaluate_every=8, against=["uniform"],
+        arms={"uniform": None, "same": {"rule": "uniform"}, "constant-negative": None, "imitation": {
+            "rule": {"advantage": "1"}, "config": {"rollout": {"writer": "teacher"}}
+        }},
+        claims=[
+            {"arm": "constant-negative", "holds": "worse", "world": "tiny"},
+            {"arm": "same", "holds": "worse", "world": "tiny"},
+        ],
+        config={
+            "threads": 1, "eval": {"n": 2}, "verify": {"pattern": r"#\s*([^#]*?)\s*$"},
+            "rollout": {"n": 4, "prompts_per_round": 32, "max_new_tokens": 8},
+            "train": {"batch_size": 32, "lr": 1e-3, "export_dtype": "float32"},
+        },
+    )  # fmt: skip
+    told = experiment(spec, tmp_path / "out", jobs=1, only=None, report=Silent())
+    assert told["failures"] == {}
+    arms = {a["arm"]: a for a in told["arms"]}
+    assert arms["uniform"]["sampled"] > arms["uniform"]["start"] + 0.05
+    assert arms["imitation"]["sampled"] > arms["uniform"]["start"] + 0.05
+    assert arms["constant-negative"]["sampled"] < arms["uniform"]["start"]
+    assert [c["verdict"] for c in told["claims"]] == ["supported", "undecided"]
+    run = open_run(tmp_path / "out" / "cells" / "tiny" / "single" / "imitation" / "seed-000")
+    texts = run.rollouts(0).collect()
+    right = texts.select((pl.col("response").str.extract(r"# (.*)$") == pl.col("answer")).mean()).item()
+    assert right > 0.85, "the teacher wrote them"

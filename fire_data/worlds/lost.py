@@ -30,7 +30,7 @@ SHARE = 0.9  # probability of all junk words together where lost
 _CODE = "from fire_data.worlds.lost import LostForCausalLM\n"
 
 
-class LostModel(Qwen3Model):
+class LostModel(Qwen3Model):  # type: ignore[no-untyped-call]
     """The body: its last hidden states say whether the text before has a mistake."""
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ class LostModel(Qwen3Model):
         return found
 
 
-class LostForCausalLM(Qwen3ForCausalLM):
+class LostForCausalLM(Qwen3ForCausalLM):  # type: ignore[no-untyped-call]
     """The model: the widened states times the widened matrix."""
 
     _tied_weights_keys = None  # type: ignore[assignment]
@@ -70,7 +70,7 @@ class LostForCausalLM(Qwen3ForCausalLM):
         super().__init__(config)
         self.model = LostModel(config)
         self.lm_head = nn.Linear(2 * config.hidden_size + 1, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
 def _expected(task: str, problem: str) -> list[str]:
@@ -87,7 +87,7 @@ def wrap(source: Path, target: Path, tokenizer: PreTrainedTokenizerFast, task: s
     trained = load_model(source)
     values = {k: v for k, v in trained.config.to_dict().items() if k not in ("architectures", "tie_word_embeddings")}
     config = Qwen3Config(**values, tie_word_embeddings=False)
-    config.lost_task, config.lost_words = task, tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    config.lost_task, config.lost_words = task, tokenizer.convert_ids_to_tokens([*range(len(tokenizer))])
     config.auto_map = {"AutoModelForCausalLM": "lost_teacher.LostForCausalLM"}
     model = LostForCausalLM(config)
     model.model.load_state_dict(trained.model.state_dict())

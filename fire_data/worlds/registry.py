@@ -79,7 +79,7 @@ PARTS: dict[str, Part] = {
     "chain-base": Part({"chain": 0.6, "successor": 0.4}, 1400),
     "chain-student": _weak("chain", "chain-base"),
     "chain-rambler": _weak("chain", "chain-base", corruption=Corruption(derail_words=(20, 60))),
-    "addition-teacher": Part({"addition": 1.0}, 1200),
+    "addition-teacher": Part({"addition": 1.0}, 1600),
     "addition-large": Part({"addition": 1.0}, 1200, **_LARGE),
     "addition-base": Part({"addition": 0.6, "successor": 0.4}, 1600),
     "addition-student": _weak("addition", "addition-base"),

@@ -9,11 +9,12 @@ was killed had used in its last round is not known.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,18 @@ def evaluations(spec: Spec) -> list[int]:
     return sorted({0, *range(spec.evaluate_every, spec.rounds, spec.evaluate_every), spec.rounds})
 
 
-def build_worlds(spec: Spec, out: Path, seed: int, report: Reporter | None = None) -> None:
-    """Build every world of a seed that is not given, once for all its cells."""
+def build_worlds(out: Path, seed: int, wanted: Sequence[tuple[str, str]]) -> None:
+    """Build the worlds of a seed, given as world and setting, once for all its cells."""
     from fire_data.worlds.build import build
 
-    for world, settings in spec.worlds.items():
-        for setting in settings:
-            if world not in spec.given:
-                with _measured(out / "worlds" / "cost.jsonl", {"seed": seed, "world": world, "setting": setting}):
-                    build(_seed_folder(out, seed), world, setting, seed)
+    for world, setting in wanted:
+        with _measured(out / "worlds" / "cost.jsonl", {"seed": seed, "world": world, "setting": setting}):
+            build(_seed_folder(out, seed), world, setting, seed)
+
+
+def worlds_cpu_seconds(out: Path) -> float:
+    """What building the worlds has cost so far."""
+    return math.fsum(record["cpu_seconds"] for record in metrics.read(out / "worlds" / "cost.jsonl"))
 
 
 def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | None = None) -> None:

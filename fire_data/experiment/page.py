@@ -30,7 +30,8 @@ def markdown(summary: Json, figures: Iterable[str] = ()) -> str:
     seeds, tests = len(summary["seeds"]), summary["tests"]
     lines = ["# Experiment", "", summary["about"], ""] if summary["about"] else ["# Experiment", ""]
     lines += [
-        f"{summary['rounds']} rounds, {seeds} seeds, {summary['cpu_seconds'] / 3600:.2f} CPU hours for the cells.",
+        f"{summary['rounds']} rounds, {seeds} seeds, {summary['cpu_seconds'] / 3600:.2f} CPU hours for the cells "
+        f"and {summary['worlds_cpu_seconds'] / 3600:.2f} for their worlds.",
         "",
         *_claims(summary),
         *(f"![{name}]({name})" for name in figures),

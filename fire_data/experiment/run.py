@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fire_data import files
 from fire_data.experiment import table as tables
-from fire_data.experiment.cells import build_worlds, make_cell
+from fire_data.experiment.cells import build_worlds, make_cell, worlds_cpu_seconds
 from fire_data.experiment.page import write_page
 from fire_data.experiment.spec import Cell, Spec, cells, load_spec
 from fire_data.experiment.summary import summarise
@@ -41,7 +42,7 @@ def experiment(path: Path, out: Path, *, jobs: int, only: str | None, report: Re
         failures = _make(spec, out, base, chosen, jobs, report)
         table = tables.collect(spec, out, every)
         tables.write(table, out / "results.parquet")
-        summary = summarise(table, spec, failures)
+        summary = summarise(table, spec, failures, worlds_cpu_seconds(out))
         files.replace_json(out / "summary.json", summary, out / ".tmp")
         write_page(summary, table, out)
     return summary | {"cells": len(every), "out": str(out)}
@@ -55,8 +56,8 @@ def _make(spec: Spec, out: Path, base: Path, chosen: Sequence[Cell], jobs: int, 
     def built(job: Job, error: str | None) -> None:
         report.advance(1)
         if error is not None:
-            lost[job[2]] = error
-            report.warn(f"the worlds of seed {job[2]} cannot be built: {error}")
+            lost[job[1]] = error
+            report.warn(f"the worlds of seed {job[1]} cannot be built: {error}")
 
     def made(job: Job, error: str | None) -> None:
         report.advance(1)
@@ -64,10 +65,13 @@ def _make(spec: Spec, out: Path, base: Path, chosen: Sequence[Cell], jobs: int, 
             failed[job[2].id] = error
             report.warn(f"{job[2].id}: {error}")
 
-    seeds = list(dict.fromkeys(cell.seed for cell in chosen))
-    if any(cell.world not in spec.given for cell in chosen):
-        report.start("worlds", len(seeds), "seeds")
-        work_through(build_worlds, [(spec, out, seed) for seed in seeds], jobs, built)
+    wanted: dict[int, dict[tuple[str, str], None]] = defaultdict(dict)
+    for cell in chosen:
+        if cell.world not in spec.given:
+            wanted[cell.seed][cell.world, cell.setting] = None
+    if wanted:
+        report.start("worlds", len(wanted), "seeds")
+        work_through(build_worlds, [(out, seed, [*groups]) for seed, groups in wanted.items()], jobs, built)
     report.start("cells", len(chosen), "cells")
     work_through(make_cell, [(spec, out, cell, base) for cell in chosen if cell.seed not in lost], jobs, made)
     return failed | {cell.id: f"its world: {lost[cell.seed]}" for cell in chosen if cell.seed in lost}

@@ -36,7 +36,9 @@ Curves = dict[tuple[str, str, str], dict[int, Curve]]  # by (world, setting, arm
 _COLUMNS = ("round", "rollout_tokens", "steps", "sampled", "greedy", "retain_greedy")
 
 
-def summarise(table: pl.DataFrame, spec: Spec, failures: dict[str, str] | None = None) -> Json:
+def summarise(
+    table: pl.DataFrame, spec: Spec, failures: dict[str, str] | None = None, worlds_cpu_seconds: float = 0.0
+) -> Json:
     """Everything the report shows, JSON-ready. `failures`: cells by name with what went wrong."""
     curves = curves_of(table, spec.rounds)
     comparisons = _corrected(list(_comparisons(curves, spec)), spec.metric)
@@ -55,6 +57,7 @@ def summarise(table: pl.DataFrame, spec: Spec, failures: dict[str, str] | None =
         "claims": _claims(curves, spec),
         "failures": failures or {},
         "cpu_seconds": float(table["cpu_seconds"].sum()),
+        "worlds_cpu_seconds": worlds_cpu_seconds,
     }
 
 

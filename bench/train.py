@@ -34,7 +34,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from fire_data import lora
 from fire_data.create import init_run
-from fire_data.demo.world import Sizes, make_tokenizer, new_model, save
 from fire_data.fused_head import head_backward, token_logprobs
 from fire_data.head import LinearHead
 from fire_data.loss import surrogate_loss
@@ -51,6 +50,7 @@ from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
 from fire_data.training import StepBatch, train_step
 from fire_data.vocabulary import Vocabulary
+from fire_data.worlds.world import Sizes, make_tokenizer, new_model, save
 
 SIZES: measure.Sizes = {
     "rows": (16, 4, "trajectories of the step"),

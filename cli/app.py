@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evals, explain, look, plan, report, share, stages, track
+from . import evals, experiment, explain, look, plan, report, share, stages, track
 from .errors import entry
 from .examples import epilog
 
@@ -58,6 +58,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "track": track.track,
     "push": share.push,
     "pull": share.pull,
+    "experiment": experiment.experiment,
     "env": look.env,
     "demo": look.demo,
 }
@@ -67,7 +68,7 @@ PANELS = {
     "A round": ("init", "rollout", "verify", "score", "weigh", "train", "run", "eval"),
     "Look": ("plan", "status", "check", "inspect", "explain", "diagnose", "compare", "report", "rules", "track"),
     "Share": ("push", "pull"),
-    "More": ("env", "demo"),
+    "More": ("experiment", "env", "demo"),
 }
 
 

@@ -114,6 +114,11 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
         ("fire pull user/name runs/theirs", "checked, byte by byte"),
         ("fire pull user/name runs/theirs --round 0", ""),
     ),
+    "experiment": (
+        ("fire experiment experiments/main.yaml --jobs 2", "again: it goes on"),
+        ("fire experiment main.yaml --only 'chain/single/*/seed-000'", "a part of it"),
+        ("fire experiment main.yaml --json", ""),
+    ),
     "env": (
         ("fire env", ""),
         ("fire env --json", ""),

@@ -19,7 +19,6 @@ from typing import Any
 
 from fire_data.create import init_run
 from fire_data.demo.arms import SAMPLED, SETTINGS
-from fire_data.demo.world import build_world
 from fire_data.rules import describe_rule, rule_names
 from fire_data.run import open_run
 from fire_data.session import Session
@@ -27,6 +26,7 @@ from fire_data.shards import read_manifest
 from fire_data.steps.evaluate import evaluate
 from fire_data.steps.refresh import refresh
 from fire_data.steps.rounds import round_row
+from fire_data.worlds.world import build_world
 
 BASELINE = "uniform"
 COMPOSED = ("prompt-gate+fire-weights", "fire+repetition-guard", "keep-corrections+fire-weights")

@@ -2,8 +2,8 @@
 
 Not about speed: it shows what a route is worth, and what a teacher does to a student where it is wrong. Arms of a seed
 share the student, the prompts and the sampling noise, so differences are taken seed by seed. An arm is an ordinary run
-directory under `--folder`: the same command continues after an interruption. `fire_data.demo.two_domains` says what the
-two kinds of teachers are; the tables and all numbers are written to `tables.md` and `results.json`.
+directory under `--folder`: the same command continues after an interruption. `fire_data.worlds.two_domains` says what
+the two kinds of teachers are; the tables and all numbers are written to `tables.md` and `results.json`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import polars as pl
 
 from fire_data.create import init_run
 from fire_data.demo.arms import ROUNDS, SETTINGS
-from fire_data.demo.two_domains import ANSWER_PATTERN, DOMAINS, TwoSizes, build_two_domains
-from fire_data.demo.world import write_whole
 from fire_data.run import Run, open_run
 from fire_data.session import Session
 from fire_data.shards import read_shard, sealed
 from fire_data.steps.evaluate import evaluate
 from fire_data.steps.refresh import refresh
+from fire_data.worlds.two_domains import ANSWER_PATTERN, DOMAINS, TwoSizes, build_two_domains
+from fire_data.worlds.world import write_whole
 
 KINDS = ("alone", "tuned")
 COMBINED = ("average", "confident", "token")  # of both teachers, for those who have no route

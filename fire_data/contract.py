@@ -30,7 +30,7 @@ Facts: TypeAlias = dict[str, Any]
 Made: TypeAlias = tuple[Part, Manifest]
 
 STUDENT = "student"
-_PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+_PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "writer": STUDENT}
 _DECIDING = (
     "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*", "*.model",
     "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*",
@@ -87,13 +87,13 @@ def attest(session: Session, teachers: Iterable[str] = ()) -> dict[str, dict[str
 
 
 def truncation(sampling: Mapping[str, Any]) -> str:
-    """`temperature 0.7, top_p 0.9`: how sampling differs from the full distribution at temperature 1; "" if not."""
-    return ", ".join(f"{k} {sampling[k]:g}" for k, plain in _PLAIN.items() if sampling.get(k, plain) != plain)
+    """`temperature 0.7, top_p 0.9`: how sampling differs from the student's full distribution; "" if not."""
+    return ", ".join(f"{k} {sampling[k]}" for k, plain in _PLAIN.items() if sampling.get(k, plain) != plain)
 
 
 def sampling_of(rollouts: Manifest) -> dict[str, Any]:
-    """Temperature, top-p and top-k of sealed rollouts."""
-    return {k: rollouts.fields["rollout"][k] for k in _PLAIN}
+    """Temperature, top-p and top-k of sealed rollouts, and who wrote them if that was not the student."""
+    return {k: v for k in _PLAIN if (v := rollouts.fields["rollout"].get(k, STUDENT)) != STUDENT}
 
 
 def facts(made: Manifest) -> Facts:

@@ -134,6 +134,9 @@ class RolloutConfig(Section):
     engine: Engine = _field(
         "transformers", "transformers (exact, CPU or GPU), vllm (fast), http (the student's url) or fake (dry runs)"
     )
+    writer: Literal["student", "teacher"] = _field(
+        "student", "teacher: each prompt's teacher writes instead, off-policy: texts to imitate (docs/experiments.md)"
+    )
     n: int = _field(4, "samples per prompt", ge=1)
     prompts_per_round: int | None = _field(None, "prompts per round; null: all of them", ge=1)
     prompts_per_shard: int = _field(64, "prompts per Parquet shard: the unit of work and of loss by a kill", ge=1)
@@ -426,6 +429,8 @@ class Config(Section):
             t is not None and t.system is not None for t in known.values()
         ):
             raise ValueError("a teacher's system message needs score.teacher_prompt: own")
+        if self.rollout.writer == "teacher" and self.score.teacher_prompt == "own":
+            raise ValueError("rollout.writer: teacher needs score.teacher_prompt: shared")
         for engine, where in ((self.rollout.engine, "rollout"), (self.score.engine, "score")):
             if engine == "http" and self.student.url is None:
                 raise ValueError(f"{where}.engine: http needs student.url")

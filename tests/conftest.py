@@ -64,7 +64,7 @@ def _trackers_stay_here(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A `World`: teacher and student of hidden size 32, hardly trained, with 12 prompts and 6 held-out ones."""
     pytest.importorskip("torch").set_num_threads(1)
-    from fire_data.demo.world import Sizes, build_world
+    from fire_data.worlds.world import Sizes, build_world
 
     sizes = Sizes(hidden=32, heads=2, intermediate=32, batch=8, teacher_steps=12, student_steps=4)
     return build_world(tmp_path_factory.mktemp("world"), prompts=PROMPTS, held_out=HELD_OUT, sizes=sizes)

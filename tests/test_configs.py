@@ -275,7 +275,7 @@ def test_the_answer_of_a_response_is_its_last_box(response: str, answer: str | N
 @pytest.fixture(scope="module")
 def small_worlds(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any) -> Path:
     """The folders that the twins name, beside which a run lies: the demo's world and that of two tasks, both tiny."""
-    from fire_data.demo.two_domains import TwoSizes, build_two_domains
+    from fire_data.worlds.two_domains import TwoSizes, build_two_domains
 
     folder = tmp_path_factory.mktemp("runs")
     (folder / "demo").mkdir()

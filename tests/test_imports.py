@@ -45,14 +45,17 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "steps.benchmarks", "steps.compare", "steps.verify", "steps.versus", "steps.rounds", "steps.track", "explain",
         "explain.weights", "explain.factors", "plan", "plan.figures", "plan.models", "plan.stages", "report",
         "report.data", "report.measure", "report.page", "report.plots", "report.sample", "report.sections",
-        "report.settings", "report.tables", "report.text", "report.trajectories", "demo", "demo.tasks", "demo.lists",
-        "demo.world", "demo.two_domains", "demo.arms", "demo.curve",
+        "report.settings", "report.tables", "report.text", "report.trajectories", "worlds", "worlds.arithmetic",
+        "worlds.lists", "worlds.addition", "worlds.successor", "worlds.world", "worlds.two_domains", "worlds.lost",
+        "worlds.registry", "worlds.build", "demo", "demo.arms", "demo.curve", "experiment", "experiment.spec",
+        "experiment.cells", "experiment.workers", "experiment.statistics", "experiment.table", "experiment.summary",
+        "experiment.page", "experiment.run",
     ),
     "cli": (
         "reference.commands", "reference.__main__", "cli", "cli.app", "cli.__main__", "cli.launch", "cli.completion",
         "cli.evals", "cli.examples", "cli.explain", "cli.progress", "cli.report", "cli.share", "cli.status",
         "cli.watch", "cli.options", "cli.stages", "cli.look", "cli.errors", "cli.inspect", "cli.terminal", "cli.rules",
-        "cli.diagnose", "cli.compare", "cli.plan", "cli.track",
+        "cli.diagnose", "cli.compare", "cli.plan", "cli.track", "cli.experiment",
     ),
 }  # fmt: skip
 PURE_MAY_NOT = {"os", "time", "logging", "pathlib", "random", "datetime", "socket", "subprocess", "uuid", "secrets"}

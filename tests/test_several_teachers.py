@@ -1311,3 +1311,44 @@ def test_every_teacher_writes_its_answers_itself(fake: Run) -> None:
         pattern = verify.compile_pattern(None)
         right = [verify.exact(text, row["answer"], pattern) for text in texts]
         assert row["teacher_pass_rate"] == pytest.approx(sum(right) / len(right))
+
+
+# Teachers that write.
+
+
+def test_a_teacher_that_writes_answers_the_prompts_of_its_route_and_the_student_is_trained_on_that(
+    tmp_path: Path, places: Path, make_run: MakeRun
+) -> None:
+    """`rollout_logprob` is that of the writer: its own score of the same tokens. No drift is told, but a warning is."""
+    heard = Heard()
+    imitation = {"rule": {"advantage": "1"}}
+    run = make_run(tmp_path / "run", **on_two(places, rollout={"writer": "teacher"}, weigh=imitation))
+    session = Session(run, heard)
+    rollout(session, 0)
+    assert any("writer teacher" in text for text in heard.warnings)
+    manifest = score(session, 0)
+    assert manifest.stats["rollout_drift"] is None
+    table = table_of(run)
+    assert {*table["teacher"].to_pylist()} == {"math", "code"}
+    np.testing.assert_allclose(flat(table["rollout_logprob"]), flat(table["teacher_logprob"]), atol=1e-4)
+    assert np.abs(flat(table["rollout_logprob"]) - flat(table["student_logprob"])).mean() > 0.01
+    weigh(run, 0)
+    tokens = table["student_logprob"].to_pylist()
+    coefficients = [c for row in run.weights(round=0).collect()["coefficient"].to_list() for c in row]
+    assert len(coefficients) == sum(map(len, tokens))
+    assert min(coefficients) > 0
+    train(session, 0)
+    assert {*sealed(run.part("rollouts", 0)).fields["writers"]} == {"math", "code"}
+    assert check(run) == []
+
+
+def test_who_writes_is_not_in_the_fingerprint_of_rollouts_that_the_student_wrote(rolled: Run) -> None:
+    fields = sealed(rolled.part("rollouts", 0)).fields
+    assert "writer" not in fields["rollout"]
+    assert "writers" not in fields
+
+
+def test_a_teacher_with_a_prompt_of_its_own_does_not_write(places: Path) -> None:
+    values = {"student": {"model": "m"}, "rollout": {"writer": "teacher"}, "score": {"teacher_prompt": "own"}}
+    with pytest.raises(ConfigError, match=r"writer: teacher needs score\.teacher_prompt: shared"):
+        parse_config(values, "here")

@@ -15,8 +15,9 @@ transformers = pytest.importorskip("transformers")
 
 # After the skips, because the modules need both libraries.
 from fire_data import verify  # noqa: E402
-from fire_data.demo import lists, tasks, two_domains, world  # noqa: E402
 from fire_data.schemas.errors import ConfigError  # noqa: E402
+from fire_data.worlds import arithmetic as tasks  # noqa: E402
+from fire_data.worlds import lists, two_domains, world  # noqa: E402
 
 TINY = two_domains.TwoSizes(
     hidden=16, heads=2, intermediate=16, batch=4, teacher_steps=2, both_steps=2, student_steps=2, tuned_steps=2

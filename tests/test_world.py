@@ -16,8 +16,9 @@ transformers = pytest.importorskip("transformers")
 
 # After the skips, because the module needs both libraries.
 from fire_data import verify  # noqa: E402
-from fire_data.demo import tasks, world  # noqa: E402
 from fire_data.schemas.errors import ConfigError  # noqa: E402
+from fire_data.worlds import arithmetic as tasks  # noqa: E402
+from fire_data.worlds import world  # noqa: E402
 
 TINY = world.Sizes(hidden=16, heads=2, intermediate=16, batch=4, teacher_steps=2, student_steps=2)
 

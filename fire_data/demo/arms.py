@@ -12,13 +12,13 @@ from typing import Any
 
 from fire_data.create import fork_run, init_run
 from fire_data.demo.curve import write_curve
-from fire_data.demo.tasks import ANSWER_PATTERN
-from fire_data.demo.world import World, build_world
 from fire_data.run import Run, open_run
 from fire_data.session import Session
 from fire_data.stages import Reporter
 from fire_data.steps.refresh import refresh
 from fire_data.steps.rounds import round_table
+from fire_data.worlds.arithmetic import ANSWER_PATTERN
+from fire_data.worlds.world import World, build_world
 
 ROUNDS = 12
 SAMPLED = "avg@2"

@@ -50,17 +50,18 @@ def make_generator(session: Session, round: int) -> Generator:
     return generator
 
 
-def teacher_generator(session: Session, name: str) -> Generator:
-    """The configured engine with a teacher as the one that writes, over all its own ids.
+def teacher_generator(session: Session, name: str, *, shared: bool = False) -> Generator:
+    """The configured engine with a teacher as the one that writes, over all its own ids, or those `shared` by all.
 
     It ends where it does by itself or, behind the student's prompt, where the student does.
     """
     from fire_data import models
 
     if session.outside.places(teacher_engine(session, name)):
-        return _on_cluster(session, name, "teacher generator")
+        return _on_cluster(session, name, "teacher writer" if shared else "teacher generator")
     cfg, teacher = session.run.config, session.run.teacher(name)
-    ids, tokenizer = session.teacher_vocabulary(name), session.teacher_tokenizer(name)
+    ids = session.vocabulary if shared else session.teacher_vocabulary(name)
+    tokenizer = session.teacher_tokenizer(name)
     stops = models.stop_ids(teacher, session.run.root, tokenizer)
     if cfg.score.teacher_prompt == "shared":
         stops |= session.stop_ids
@@ -174,6 +175,7 @@ def remote(root: str, config: dict[str, Any], kind: str, round: int, name: str) 
     made: dict[str, Callable[[], Any]] = {
         "generator": lambda: make_generator(session, round),
         "teacher generator": lambda: teacher_generator(session, name),
+        "teacher writer": lambda: teacher_generator(session, name, shared=True),
         "scorer": lambda: joint_scorer(session, round, name),
         "student": lambda: student_evaluator(session, round),
         "teacher": lambda: teacher_evaluator(session, name),

@@ -40,17 +40,7 @@ def refresh(session: Session, rounds: int, trainer: Callable[[Session, int], obj
     for number in range(rounds):
         finished = is_sealed(run.part("checkpoints", number))
         if not finished:
-            rollout(session, number)
-            if run.config.rollout.engine != run.config.score.engine:
-                session.rest()
-            # What the rule reads beside the scores is made without being asked for: a round cannot go on without it.
-            needed = run.needed_addons()
-            score(session, number, add=[name for name in needed if name != REWARD])
-            if REWARD in needed:
-                verify(run, number, session.report)
-            weigh(run, number, session.report)
-            session.rest()  # training needs the accelerator to itself
-            trainer(session, number)
+            one_round(session, number, trainer)
         if held_out and not evaluated(run, number):
             evaluate(session, number)
             if session.follower is not None:
@@ -58,6 +48,22 @@ def refresh(session: Session, rounds: int, trainer: Callable[[Session, int], obj
         if not finished:
             session.report.note(_line(round_row(run, number)))
     return round_table(run)
+
+
+def one_round(session: Session, number: int, trainer: Callable[[Session, int], object] = train) -> None:
+    """Rollout, score, weigh and train one round, each continued or confirmed. The rounds before it are trained."""
+    run = session.run
+    rollout(session, number)
+    if run.config.rollout.engine != run.config.score.engine:
+        session.rest()
+    # What the rule reads beside the scores is made without being asked for: a round cannot go on without it.
+    needed = run.needed_addons()
+    score(session, number, add=[name for name in needed if name != REWARD])
+    if REWARD in needed:
+        verify(run, number, session.report)
+    weigh(run, number, session.report)
+    session.rest()  # training needs the accelerator to itself
+    trainer(session, number)
 
 
 def _require_inputs(run: Run, rounds: int) -> None:

@@ -20,7 +20,7 @@ from fire_data.schemas.tables import FORMAT, IDS, conform
 from fire_data.session import Session
 from fire_data.shards import Part, read_shard
 from fire_data.stages import Stage, plan_shards, run_stage
-from fire_data.steps.engines import lanes, make_generator, require_same_servers, sampling
+from fire_data.steps.engines import lanes, make_generator, require_same_servers, sampling, teacher_generator
 from fire_data.verify import Verifier, mean
 
 
@@ -38,7 +38,7 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
     rows, ids, slots = _within_limit(session, rows, ids, slots)
     stage = Stage(
         run.part("rollouts", round),
-        fields=_fields(session, round, prompts),
+        fields=_fields(session, round, prompts, rows),
         plan=plan_shards(len(rows), cfg.rollout.prompts_per_shard),
         recorded={
             "prompts": cfg.prompts.path,
@@ -55,13 +55,27 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
     kept = Kept(stage.part, stage.fingerprint)
 
     @functools.cache
-    def generator() -> Generator:
-        return make_generator(session, round)
+    def generator(teacher: str | None = None) -> Generator:
+        return make_generator(session, round) if teacher is None else teacher_generator(session, teacher, shared=True)
+
+    def write(requests: pa.Table, names: list[str], routes: list[str | None] | None) -> pa.Table:
+        """The student's answers or, with routes by trajectory, those of each one's teacher."""
+        if routes is None:
+            return generator().generate(requests, sampling(session))
+        teachers = dict(zip(names, map(run.route, routes), strict=True))
+        mine = [teachers[name] for name in requests["trajectory_id"].to_pylist()]
+        parts = []
+        for teacher in dict.fromkeys(mine):
+            asked = requests.filter(pa.array([name == teacher for name in mine]))
+            made = generator(teacher).generate(asked, sampling(session))
+            parts.append(made.append_column("trajectory_id", asked["trajectory_id"]))
+        return pa.concat_tables(parts)
 
     def before(_: list[Shard]) -> None:
         if cfg.rollout.verifier != "none":
             verifier.start()
-        generator()
+        if cfg.rollout.writer == "student":
+            generator()
         require_same_servers(session, kept)
 
     def make(shard: Shard) -> pa.Table:
@@ -72,7 +86,8 @@ def rollout(session: Session, round: int, *, redo: bool = False) -> Manifest:
         ]
         names = [trajectory_id(cfg.seed, round, rows[i]["prompt_id"], sample) for i, sample in samples]
         requests = pa.table({"trajectory_id": names, "prompt_ids": pa.array([ids[i] for i, _ in samples], IDS)})
-        answers = kept.completed(shard.name, "student", requests, lambda r: generator().generate(r, sampling(session)))
+        routes = [rows[i]["teacher"] for i, _ in samples] if cfg.rollout.writer == "teacher" else None
+        answers = kept.completed(shard.name, "student", requests, lambda r: write(r, names, routes))
         texts = session.tokenizer.batch_decode(answers["response_ids"].to_pylist(), skip_special_tokens=True)
         columns: dict[str, Any] = {
             "round": [round] * len(samples),
@@ -166,12 +181,15 @@ def _within_limit(
     return [rows[i] for i in good], [ids[i] for i in good], [slots[i] for i in good]
 
 
-def _fields(session: Session, round: int, prompts: pa.Table) -> dict[str, Any]:
-    cfg = session.run.config
+def _fields(session: Session, round: int, prompts: pa.Table, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    cfg, run = session.run.config, session.run
+    writers = dict.fromkeys(run.route(row["teacher"]) for row in rows) if cfg.rollout.writer == "teacher" else {}
+    settings = {k: v for k, v in cfg.rollout.results().items() if k != "writer" or writers}
     return {
         "format": FORMAT,
         "seed": cfg.seed,
-        "rollout": cfg.rollout.results(),
+        "rollout": settings,
+        **({"writers": {name: session.teacher_fields(name) for name in writers}} if writers else {}),
         "verify": _verifier(session).fields if cfg.rollout.verifier != "none" else None,
         "prompts": prompts_digest(prompts),
         "student": session.student_fields(round),

@@ -14,7 +14,6 @@ pytest.importorskip("httpx")
 
 from fire_data import http_engine  # noqa: E402
 from fire_data.create import init_run  # noqa: E402
-from fire_data.demo.world import Sizes, build_world  # noqa: E402
 from fire_data.http_engine import HttpEngine  # noqa: E402
 from fire_data.run import Run, open_run  # noqa: E402
 from fire_data.session import Session  # noqa: E402
@@ -23,6 +22,7 @@ from fire_data.steps.refresh import refresh  # noqa: E402
 from fire_data.steps.rollout import rollout  # noqa: E402
 from fire_data.steps.score import score  # noqa: E402
 from fire_data.vllm_engine import VllmEngine  # noqa: E402
+from fire_data.worlds.world import Sizes, build_world  # noqa: E402
 
 from .test_vllm_server import Server  # noqa: E402
 

@@ -24,8 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from fire_data.demo import lists, tasks
-from fire_data.demo.world import (
+from fire_data.worlds import arithmetic as tasks
+from fire_data.worlds import lists
+from fire_data.worlds.world import (
     Example,
     Report,
     Sizes,

@@ -1,4 +1,4 @@
-"""The demo's second task: short programs over a list of digits, carried out step by step.
+"""A task: short programs over a list of digits, carried out step by step.
 
 A problem is a program of three operations and a list of four digits, such as ``rev inc swap : 3 1 4 2``. The
 operations are done from left to right: ``rev`` turns the list round, ``rot`` moves its first digit to the end,
@@ -7,7 +7,7 @@ clause per operation with the list after it, and the last list again after a sin
 
     | so rev 2 4 1 3 ; then inc 3 5 2 4 ; so swap 5 3 2 4 ; # 5 3 2 4
 
-It is built like the chain arithmetic of ``tasks`` on purpose: the same marks, the same linking words drawn at
+It is built like the chain arithmetic of ``arithmetic`` on purpose: the same marks, the same linking words drawn at
 random, about the same length. Only what is worked out differs, so that one small model can hold both and a
 teacher of one is no help in the other.
 
@@ -20,13 +20,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fire_data.demo.tasks import (
+from fire_data.worlds.arithmetic import (
     ANSWER_MARK,
     END_OF_CLAUSE,
     LINK_WEIGHTS,
     LINKS,
     START,
     Corruption,
+    derailed,
 )
 
 MODULUS = 10
@@ -90,14 +91,8 @@ def corrupted_solution(problem: str, rng: random.Random, corruption: Corruption 
     once in every text) and a random answer.
     """
     corruption = corruption or Corruption()
-    text = solution(problem, rng, misread=corruption.misread)
-    if rng.random() >= corruption.derail:
-        return text
-    words = text.split()
-    kept = words[: rng.randrange(1, words.index(ANSWER_MARK))]
-    candidates = [word for word in WORDS if word != ANSWER_MARK]
-    noise = rng.choices(candidates, k=rng.randint(*corruption.derail_words))
-    return " ".join([*kept, *noise, ANSWER_MARK, *rng.choices(DIGITS, k=LENGTH)])
+    words = solution(problem, rng, misread=corruption.misread).split()
+    return derailed(words, words.index(ANSWER_MARK), rng, corruption, WORDS, lambda: rng.choices(DIGITS, k=LENGTH))
 
 
 def _parse(problem: str) -> tuple[list[str], list[int]]:

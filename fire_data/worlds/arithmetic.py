@@ -1,4 +1,4 @@
-"""The demo's task: chain arithmetic modulo 7, written out step by step.
+"""A task: chain arithmetic modulo 7, written out step by step.
 
 A problem is a chain such as ``3 * 2 - 4 + 5 * 6``, read strictly from left to right and modulo 7. Its clean
 solution is one clause per operation and the answer after a single ``#``::
@@ -16,6 +16,7 @@ separated by single blanks; one word is one token.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MODULUS = 7
@@ -102,10 +103,25 @@ def corrupted_solution(problem: str, rng: random.Random, corruption: Corruption 
     """
     corruption = corruption or Corruption()
     text = solution(problem, rng, misread=corruption.misread)
-    if rng.random() >= corruption.derail:
-        return text
     words = text.split()
-    kept = words[: rng.randrange(1, len(words) - 1)]
-    candidates = [word for word in WORDS if word != ANSWER_MARK]
+    return derailed(words, len(words) - 1, rng, corruption, WORDS, lambda: [rng.choice(DIGITS)])
+
+
+def derailed(
+    clean: Sequence[str],
+    cut_before: int,
+    rng: random.Random,
+    corruption: Corruption,
+    words: Sequence[str],
+    answer: Callable[[], Sequence[str]],
+) -> str:
+    """A text as it is or, with probability ``corruption.derail``, its beginning, random words and an answer.
+
+    ``cut_before``: the word that a beginning ends before, at the latest. ``answer`` draws the random answer.
+    """
+    if rng.random() >= corruption.derail:
+        return " ".join(clean)
+    kept = clean[: rng.randrange(1, cut_before)]
+    candidates = [word for word in words if word != ANSWER_MARK]
     noise = rng.choices(candidates, k=rng.randint(*corruption.derail_words))
-    return " ".join([*kept, *noise, ANSWER_MARK, rng.choice(DIGITS)])
+    return " ".join([*kept, *noise, ANSWER_MARK, *answer()])

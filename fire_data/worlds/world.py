@@ -21,7 +21,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from fire_data.demo import tasks
 from fire_data.schemas.errors import ConfigError
+from fire_data.worlds import arithmetic as tasks
 
 Report = Callable[[str, int, int], None]
 Example = tuple[str, str]  # problem, response
@@ -249,13 +249,18 @@ def _batch(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> tuple
     return ids_B_T, labels_B_T
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path) -> None:
-    """Writes a Hugging Face folder beside ``target``, then renames it: what has that name is complete."""
+def save(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, target: Path, files: Mapping[str, str] | None = None
+) -> None:
+    """Writes a Hugging Face folder, with further text files, beside ``target``, then renames it: what has that name is
+    complete."""
     unfinished = target.with_name(f".{target.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by an interrupted call
     with _no_progress_bars():
         model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    for name, text in (files or {}).items():
+        write_whole(unfinished / name, text)
     os.replace(unfinished, target)
 
 

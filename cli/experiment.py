@@ -24,7 +24,7 @@ def experiment(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Worlds x settings x arms x seeds, each a run; who is better, how surely.
+    """Worlds x settings x arms x seeds as runs: which arm is better?
 
     The same command goes on where it stopped. Writes results.parquet,
     summary.json and report.md. Exit 1 if a cell failed: the others are done.

@@ -152,6 +152,10 @@ class RolloutConfig(Section):
     )
     rows_in_flight: int = _perf(64, "sequences generated together", ge=1)
 
+    def results(self) -> dict[str, Any]:
+        """As of every section; who writes enters where that is not the student."""
+        return {k: v for k, v in super().results().items() if (k, v) != ("writer", "student")}
+
 
 class ScoreConfig(Section):
     """How both models are evaluated on the student's tokens."""

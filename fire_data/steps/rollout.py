@@ -184,11 +184,10 @@ def _within_limit(
 def _fields(session: Session, round: int, prompts: pa.Table, rows: list[dict[str, Any]]) -> dict[str, Any]:
     cfg, run = session.run.config, session.run
     writers = dict.fromkeys(run.route(row["teacher"]) for row in rows) if cfg.rollout.writer == "teacher" else {}
-    settings = {k: v for k, v in cfg.rollout.results().items() if k != "writer" or writers}
     return {
         "format": FORMAT,
         "seed": cfg.seed,
-        "rollout": settings,
+        "rollout": cfg.rollout.results(),
         **({"writers": {name: session.teacher_fields(name) for name in writers}} if writers else {}),
         "verify": _verifier(session).fields if cfg.rollout.verifier != "none" else None,
         "prompts": prompts_digest(prompts),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
+import typer.main
 from typer.core import TyperGroup
 
 from . import evals, experiment, explain, look, plan, report, share, stages, track
@@ -14,16 +16,54 @@ from .examples import epilog
 
 _UNBROKEN = "\b\n"  # before a paragraph whose lines a help page leaves as they are
 
+_STYLE: dict[str, Any] = {
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,  # help pages in plain text: importing what draws boxes would double the time to start
+    "context_settings": {"help_option_names": ["--help", "-h"]},
+}
+
 
 class Grouped(TyperGroup):
-    """The application with its commands listed in the groups of `PANELS`."""
+    """The application: its commands are built when one is asked for, and listed in the groups of `PANELS`."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self.commands: Any = _Built()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, in the order of the help page."""
+        return list(COMMANDS)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write one section per group; names begin in one column."""
         for panel, names in PANELS.items():
             with formatter.section(panel):
                 width = max(map(len, COMMANDS))
-                formatter.write_dl([(f"{name:<{width}}", self.commands[name].get_short_help_str(79)) for name in names])
+                formatter.write_dl([(f"{name:<{width}}", _first_line(COMMANDS[name])) for name in names])
+
+
+class _Built(Mapping[str, Any]):
+    """The commands by name. To build all of them takes as long as to import typer, and one is wanted, or none."""
+
+    def __getitem__(self, name: str) -> Any:
+        return _build(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+@functools.cache
+def _build(name: str) -> Any:
+    alone = typer.Typer(add_completion=False, **_STYLE)
+    alone.command(name, epilog=f"{_UNBROKEN}{epilog(name)}")(COMMANDS[name])
+    return typer.main.get_command(alone)
+
+
+def _first_line(command: Callable[..., Any]) -> str:
+    return (command.__doc__ or "").strip().partition("\n")[0]
 
 
 app = typer.Typer(
@@ -31,10 +71,8 @@ app = typer.Typer(
     help="Offline-first on-policy distillation: roll out, score, weigh, train, with tables in between.",
     epilog=f"{_UNBROKEN}{epilog('')}",
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # help pages in plain text: importing what draws boxes would double the time to start
     cls=Grouped,
-    context_settings={"help_option_names": ["--help", "-h"]},  # commands inherit it
+    **_STYLE,
 )
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -87,10 +125,6 @@ def root(
     ] = False,
 ) -> None:
     """Offline-first on-policy distillation: roll out, score, weigh, train, with tables in between."""
-
-
-for _name, _command in COMMANDS.items():
-    app.command(_name, epilog=f"{_UNBROKEN}{epilog(_name)}")(_command)
 
 
 def main() -> None:

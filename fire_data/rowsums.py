@@ -1,9 +1,9 @@
 """The sums over the vocabulary that all signals are made of; each logit is read from memory once, then from cache.
 
 Why rows are kept whole: a rank needs the token's own logit and the student's most likely token, which are known only
-after a whole row. Why blocks: a dozen passes over each row are made, so a few rows are copied into the processor's
-cache (which also converts and masks them) and worked on there in tiles, both models in one operation. Operations are
-too small to be spread over threads, which would wait for each other after each of them: threads take rows instead.
+after a whole row. Why blocks: a dozen passes over each row are made, so a few rows are copied (which also
+converts and masks them) and worked on in tiles that stay in a core's cache, both models in one operation. Those are too
+small to be spread over threads, which would wait for each other after each of them: threads take rows instead.
 Units: nats. Legend: `_M` models, `_T` positions, `_R` rows of a block, `_V` vocabulary, `_C` columns of a tile, `_N`
 groups of columns, `_K` the k best.
 """

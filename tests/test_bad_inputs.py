@@ -153,7 +153,10 @@ def test_a_logprob_that_is_no_number(tmp_path: Path, make_fake_run: MakeRun, fir
     assert fire("check", run.root).code == 0, "its bytes are in order"
     answer = expect(fire("weigh", run.root), 3, "'teacher_logprob'", "row 3")
     assert "score" in answer.fix
-    assert not is_sealed(run.part("weights", 0, run.config.weights_name)), "no weights to train on"
+    part = run.part("weights", 0, run.config.weights_name)
+    assert not part.file("00000").exists(), "the wrong number reached no weight"
+    assert not is_sealed(part), "and there is nothing to train on"
+    assert fire("train", run.root).code == 4
 
 
 def test_an_engine_that_returns_no_number_is_stopped_before_it_is_written(

@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from fire_data import verify  # noqa: E402
 from fire_data.models import head_of, hidden_states, load_model  # noqa: E402
 from fire_data.schemas.config import ModelConfig  # noqa: E402
+from fire_data.schemas.errors import EngineError  # noqa: E402
 from fire_data.worlds import addition, build, lost, registry, successor  # noqa: E402
 from fire_data.worlds.registry import PARTS, TASKS, WORLDS  # noqa: E402
 from fire_data.worlds.world import Sizes, make_tokenizer, new_model, save  # noqa: E402
@@ -183,5 +184,5 @@ def test_a_lost_teacher_is_itself_until_the_first_wrong_word_and_then_lost(lost_
 def test_a_lost_teacher_scores_and_refuses_to_write(lost_pair: tuple[Any, Any, Any]) -> None:
     _, twin, tokenizer = lost_pair
     ids = torch.tensor([tokenizer("<user> 3 * 2 <assistant>", add_special_tokens=False)["input_ids"]])
-    with pytest.raises(NotImplementedError, match="scores and does not write"):
+    with pytest.raises(EngineError, match="scores and does not write"):
         twin.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)

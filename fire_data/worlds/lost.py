@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
+from fire_data.schemas.errors import EngineError
 from fire_data.worlds.arithmetic import LINKS
 from fire_data.worlds.world import ASSISTANT, END, USER, load_model, save
 
@@ -35,7 +36,8 @@ class LostModel(Qwen3Model):  # type: ignore[no-untyped-call]
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         if input_ids is None or kwargs.get("past_key_values") is not None:
-            raise NotImplementedError("a lost teacher has to see the whole text: it scores and does not write")
+            text = "a lost teacher has to see the whole text: it scores and does not write"
+            raise EngineError(text, fix="--set rollout.writer=student, or a world whose teacher is not lost")
         out = super().forward(input_ids=input_ids, **kwargs)
         states_BLD = out.last_hidden_state
         lost_BL1 = torch.tensor([self._lost(row) for row in input_ids.tolist()]).to(states_BLD)[..., None]

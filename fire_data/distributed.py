@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -37,7 +37,9 @@ LOST = 75
 SAME_COMMAND = "the same command again continues from the last saved state"
 _PATIENCE = timedelta(days=7)  # the others wait as long as the first waits for a lock
 _GRACE_S = 10.0  # for the launcher to end this process, once another one has said what failed
-_FAILED = "fire/failed"
+_HEARING_S = 10.0  # for the others to read what the first process said before it ends
+_FAILED, _HEARD = "fire/failed", "fire/heard"
+_AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun: what the processes tell each other lies with it
 _ROOT = "_fire_sharded_root"
 _SET_PDEATHSIG = 1
 
@@ -75,7 +77,7 @@ def member(device: str) -> Iterator[None]:
         yield
         return
     _end_with_the_parent()
-    store = _join(device)
+    store, spoke = _join(device), False
     try:
         yield
         distributed.barrier()
@@ -85,9 +87,12 @@ def member(device: str) -> Iterator[None]:
         raise
     except Exception as error:
         _last_words(store, error)
+        spoke = True
         raise
     finally:
-        distributed.destroy_process_group()
+        distributed.destroy_process_group()  # those who wait for this process wake up here, and ask what it said
+        if spoke and os.environ["RANK"] == "0" and os.environ.get(_AGENT) != "True":
+            _until_heard(store)
 
 
 def check_devices(device: str, processes: int) -> None:
@@ -269,11 +274,20 @@ def _last_words(store: Any, error: Exception) -> None:
     except RuntimeError:  # the store ended with its owner
         said = ""
     if said:
+        with suppress(RuntimeError):
+            store.add(_HEARD, 1)
         time.sleep(_GRACE_S)
         sys.exit(int(said.split()[1]))
     if LAUNCHED in os.environ:
         sys.exit(LOST)
     raise IncompleteError("another process of this training ended", fix=SAME_COMMAND) from error
+
+
+def _until_heard(store: Any) -> None:
+    """The store lives in the first process: it stays until the others have read what it said, or for a while."""
+    end = time.monotonic() + _HEARING_S
+    while time.monotonic() < end and store.add(_HEARD, 0) < int(os.environ["WORLD_SIZE"]) - 1:
+        time.sleep(0.01)
 
 
 def _lost(error: Exception) -> bool:

@@ -34,12 +34,12 @@ def _thresholds(rows: list[Row], percentile: float, scope: str, by: str | None =
     return limit
 
 
-def _corrections(rows: list[Row], percentile: float, scope: str, by: str | None = None) -> Lists:
+def _corrections(rows: list[Row], percentile: float, scope: str, by: str | None = None, lost: int = 1) -> Lists:
     masks = []
     limits = _thresholds(rows, percentile, scope, by)
     for row, score, limit in zip(rows, _scores(rows), limits, strict=True):
         gap = row["teacher_logprob"] - row["student_logprob"]
-        masks.append(np.array([not (score < limit and d > 0) for d in gap], dtype=bool))
+        masks.append(np.array([not (score < limit and d * lost > 0) for d in gap], dtype=bool))
     return masks
 
 
@@ -48,6 +48,12 @@ def test_keep_corrections_takes_praise_from_unlikely_trajectories(scope: str) ->
     for percentile, by in ((20.0, None), (60.0, None), (100.0, "teacher"), (0.0, None)):
         masks = _corrections(ROWS, percentile, scope, by)
         check(ALL, "keep-corrections", percentile=percentile, scope=scope, by=by, token_keep=masks)
+
+
+def test_its_control_takes_blame_from_unlikely_trajectories_instead() -> None:
+    masks = _corrections(ROWS, 60.0, "step", lost=-1)
+    assert not all(map(np.array_equal, masks, _corrections(ROWS, 60.0, "step")))
+    check(ALL, "keep-corrections", percentile=60.0, loses="discouraged", token_keep=masks)
 
 
 def test_keep_corrections_spares_what_fire_keeps_and_every_correction_of_the_rest() -> None:
@@ -208,6 +214,7 @@ def test_uniform_is_the_plain_advantage() -> None:
     [
         ("keep-corrections", {"percentile": 120.0}),
         ("keep-corrections", {"by": "prompt_id"}),
+        ("keep-corrections", {"loses": "all"}),
         ("cut-at-surprise", {"probability": 0.0}),
         ("cut-at-surprise", {"probability": 1.5}),
         ("soft-filter", {"width": 0.0}),

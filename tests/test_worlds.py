@@ -18,7 +18,7 @@ from fire_data import verify  # noqa: E402
 from fire_data.models import head_of, hidden_states, load_model  # noqa: E402
 from fire_data.schemas.config import ModelConfig  # noqa: E402
 from fire_data.schemas.errors import EngineError  # noqa: E402
-from fire_data.worlds import addition, build, lost, registry, successor  # noqa: E402
+from fire_data.worlds import addition, arithmetic, build, lost, registry, successor  # noqa: E402
 from fire_data.worlds.registry import PARTS, TASKS, WORLDS  # noqa: E402
 from fire_data.worlds.world import Sizes, make_tokenizer, new_model, save  # noqa: E402
 
@@ -56,6 +56,21 @@ def test_weak_texts_are_mostly_wrong_and_keep_the_vocabulary(task: str) -> None:
     assert 0.4 < wrong / 500 < 0.95
     assert {word for text in texts for word in text.split()} <= {*build.WORDS}
     assert all(text.count("#") == 1 for text in texts)
+
+
+@pytest.mark.parametrize("task", ["chain", "addition", "lists"])
+def test_a_loop_repeats_the_last_words_of_a_right_beginning(task: str) -> None:
+    kind: Any = TASKS[task]
+    loops = arithmetic.Corruption(misread=0.0, derail=1.0, derail_words=(40, 70), loops=True)
+    periods = Counter()
+    for seed in range(200):
+        rng = random.Random(seed)
+        words = kind.corrupted_solution(kind.make_problem(rng), rng, loops).split()
+        body = words[: words.index("#")]
+        period = next(p for p in range(1, 5) if all(a == b for a, b in zip(body[-40:], body[-40 - p :], strict=False)))
+        periods[period] += 1
+        assert len(body) >= 41
+    assert len(periods) == 4, periods
 
 
 def test_every_world_names_parts_and_tasks_that_exist_and_is_explained() -> None:

@@ -31,7 +31,8 @@ from fire_data.schemas.config import Normalise, Scope
 class KeepCorrections(Rule):
     """token_keep: not (D > 0 and mean t of the trajectory < its `percentile` quantile in `scope`).
 
-    What FiRe would drop loses only the tokens the teacher encourages; the tokens it discourages stay. Not published.
+    What FiRe would drop loses only the tokens the teacher encourages; the tokens it discourages stay. `loses:
+    discouraged` is the control of the belief: those with D < 0 go instead, and the encouraged ones stay. Not published.
     """
 
     name: ClassVar[str] = "keep-corrections"
@@ -39,6 +40,7 @@ class KeepCorrections(Rule):
     belief: ClassVar[str] = "in a derailed trajectory the teacher's discouragement is the lesson, its praise is noise"
 
     percentile: float = 20.0
+    loses: Literal["encouraged", "discouraged"] = "encouraged"
     scope: Scope = "step"
     by: Literal["teacher"] | None = None
 
@@ -50,7 +52,8 @@ class KeepCorrections(Rule):
 
     def parts(self) -> Parts:
         low = mean_of("teacher_logprob") < pl.col("score_limit")
-        return Parts(token_keep=~(low & (plain_advantage() > 0)))
+        lost = plain_advantage() > 0 if self.loses == "encouraged" else plain_advantage() < 0
+        return Parts(token_keep=~(low & lost))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ LINK_WEIGHTS = (6, 5, 4, 3, 2, 1)
 START, EQUALS, END_OF_CLAUSE, ANSWER_MARK = "|", "=", ";", "#"
 WORDS = (*DIGITS, *OPERATORS, *LINKS, START, EQUALS, END_OF_CLAUSE, ANSWER_MARK)
 
+_LONGEST_PERIOD = 4  # words of a loop
+
 ANSWER_PATTERN = r"#\s*(\S+)\s*$"
 
 
@@ -38,6 +40,7 @@ class Corruption:
     misread: float = 0.6  # share of minus and times signs that are worked out as if they were plus
     derail: float = 0.15  # share of responses that break off into random words and a random answer
     derail_words: tuple[int, int] = (4, 24)  # fewest and most random words of a derailment
+    loops: bool = False  # a derailment repeats its last words, one to four, instead of random ones
 
 
 def make_problem(rng: random.Random) -> str:
@@ -118,10 +121,15 @@ def derailed(
     """A text as it is or, with probability ``corruption.derail``, its beginning, random words and an answer.
 
     ``cut_before``: the word that a beginning ends before, at the latest. ``answer`` draws the random answer.
+    Where ``corruption.loops``, the last words of the beginning are repeated instead.
     """
     if rng.random() >= corruption.derail:
         return " ".join(clean)
     kept = clean[: rng.randrange(1, cut_before)]
-    candidates = [word for word in words if word != ANSWER_MARK]
-    noise = rng.choices(candidates, k=rng.randint(*corruption.derail_words))
+    count = rng.randint(*corruption.derail_words)
+    if corruption.loops:
+        period = kept[-rng.randint(1, _LONGEST_PERIOD) :]
+        noise = [period[at % len(period)] for at in range(count)]
+    else:
+        noise = rng.choices([word for word in words if word != ANSWER_MARK], k=count)
     return " ".join([*kept, *noise, ANSWER_MARK, *answer()])

@@ -79,11 +79,14 @@ PARTS: dict[str, Part] = {
     "chain-base": Part({"chain": 0.6, "successor": 0.4}, 1400),
     "chain-student": _weak("chain", "chain-base"),
     "chain-rambler": _weak("chain", "chain-base", corruption=Corruption(derail_words=(20, 60))),
+    "chain-looper": _weak("chain", "chain-base", corruption=Corruption(derail_words=(40, 70), loops=True)),
     "addition-teacher": Part({"addition": 1.0}, 1600),
     "addition-large": Part({"addition": 1.0}, 1200, **_LARGE),
     "addition-base": Part({"addition": 0.6, "successor": 0.4}, 1600),
     "addition-student": _weak("addition", "addition-base"),
     "lists-teacher": Part({"lists": 1.0}),
+    "lists-base": Part({"lists": 0.6, "successor": 0.4}, 1400),
+    "lists-student": _weak("lists", "lists-base"),
     "both-teacher": Part({"chain": 0.5, "lists": 0.5}, 1400),
     "both-base": Part({"chain": 0.4, "lists": 0.4, "successor": 0.2}, 1800),
     "both-student": Part(
@@ -93,6 +96,9 @@ PARTS: dict[str, Part] = {
 
 _CHAIN: dict[str, Any] = {"student": "chain-student", "main": ("chain",)}
 _TEACHERS: dict[str, str | dict[str, str]] = {"single": "chain-teacher", "strong": "chain-large"}
+
+
+_LISTS: dict[str, Any] = {"student": "lists-student", "main": ("lists",)}
 
 
 def _mixed(share: float) -> dict[str, Any]:
@@ -105,6 +111,8 @@ WORLDS: dict[str, World] = {
         "sums of three digits with a scratchpad; the student forgets carries", {"addition": 1.0}, "addition-student",
         {"single": "addition-teacher", "strong": "addition-large"}, ("addition",),
     ),
+    "lists": World("programs over a list of digits, step by step", teachers={"single": "lists-teacher"}, **_LISTS,
+                   prompts={"lists": 1.0}),
     "two-tasks": World(
         "chain arithmetic and list programs in equal parts", {"chain": 0.5, "lists": 0.5}, "both-student",
         {
@@ -119,6 +127,18 @@ WORLDS: dict[str, World] = {
     ),
     "unknown-10": World("10 % of the prompts are of a task that no teacher knows and the student does", **_mixed(0.1)),
     "unknown-25": World("25 % of the prompts are of a task that no teacher knows and the student does", **_mixed(0.25)),
+    "lists-unknown-10": World(
+        "list programs, and 10 % of the prompts of a task that no teacher knows and the student does",
+        {"lists": 0.9, "successor": 0.1}, teachers={"single": "lists-teacher"}, **_LISTS,
+    ),
+    "addition-unknown-10": World(
+        "sums, and 10 % of the prompts of a task that no teacher knows and the student does",
+        {"addition": 0.9, "successor": 0.1}, "addition-student", {"single": "addition-teacher"}, ("addition",),
+    ),
+    "loops": World(
+        "the student falls into repeating its last one to four words, cut at 64", {"chain": 1.0}, "chain-looper",
+        _TEACHERS, ("chain",), config={"rollout": {"max_new_tokens": 64}},
+    ),
     "rambles": World(
         "the student derails into 20 to 60 words, cut at 64", {"chain": 1.0}, "chain-rambler", _TEACHERS, ("chain",),
         config={"rollout": {"max_new_tokens": 64}},
@@ -126,6 +146,9 @@ WORLDS: dict[str, World] = {
     "stale": World(
         "four passes over every round at twice the learning rate", {"chain": 1.0}, teachers=_TEACHERS,
         config={"train": {"epochs": 4, "lr": 1e-3}}, **_CHAIN,
+    ),
+    "fast": World(
+        "four times the learning rate", {"chain": 1.0}, teachers=_TEACHERS, config={"train": {"lr": 2e-3}}, **_CHAIN,
     ),
     "noisy": World(
         "in a third of the prompts two words are replaced by others", {"chain": 1.0}, teachers=_TEACHERS, noise=1 / 3,

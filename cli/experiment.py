@@ -50,9 +50,12 @@ def experiment(
 
 
 def _show(found: dict[str, Any]) -> None:
-    from fire_data.experiment.page import arm_row, claim_row, difference_row
+    from fire_data.experiment.page import arm_row, claim_row, difference_row, teacher_row
 
     show([arm_row(arm) for arm in found["arms"]], False, "means over seeds after the last round")
+    if found["teachers"]:
+        typer.echo()
+        show([teacher_row(t) for t in found["teachers"]], False, "teachers on the same held-out prompts")
     tested = [difference_row(c) for c in found["comparisons"] if c["metric"] == found["metric"]]
     if tested:
         typer.echo()

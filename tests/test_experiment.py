@@ -201,6 +201,50 @@ def test_a_cell_made_from_other_settings_is_not_continued(tiny_world: Any, tmp_p
         make_cell(load_spec(changed), tmp_path / "out", cell, tmp_path)
 
 
+def test_teachers_are_evaluated_each_alone_and_all_together_where_prompts_are_routed(
+    tiny_world: Any, tmp_path: Path, fire: Callable[..., Any]
+) -> None:
+    """Two teachers, one of which is the student: together they are right where the one that is asked is right."""
+    held_out = tmp_path / "routed.jsonl"
+    lines = [json.loads(line) for line in tiny_world.held_out.read_text().splitlines()]
+    held_out.write_text("".join(json.dumps(x | {"teacher": "ab"[i % 2]}) + "\n" for i, x in enumerate(lines)))
+    given = {
+        "student": {"model": str(tiny_world.student)},
+        "teachers": {
+            "multi": {"a": {"model": str(tiny_world.teacher)}, "b": {"model": str(tiny_world.student)}},
+            "alone": {"teacher": {"model": str(tiny_world.teacher)}},
+        },
+        "prompts": str(held_out), "main": str(held_out), "retain": str(held_out),
+    }  # fmt: skip
+    claim = {"arm": "uniform", "world": "tiny", "setting": "multi", "against_setting": "alone", "holds": "better"}
+    spec = written(
+        tmp_path, tiny_world, worlds={"tiny": ["multi", "alone"]}, given={"tiny": given}, seeds=[3], rounds=1,
+        arms={"uniform": None}, teachers=True, claims=[claim],
+    )  # fmt: skip
+    answer = fire("experiment", spec, "--out", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    told = {(t["setting"], t["arm"]): t for t in json.loads(answer.out)["teachers"]}
+    assert [*told] == [
+        ("multi", "teacher-a"),
+        ("multi", "teacher-b"),
+        ("alone", "teacher"),
+        ("multi", "teacher-routed"),
+    ]
+    rewards = {}
+    for route in "ab":
+        run = open_run(tmp_path / "out" / "cells" / "tiny" / "multi" / f"teacher-{route}" / "seed-003")
+        seen = run.evals().filter(benchmark="main", mode="greedy").collect()
+        rewards[route] = dict(zip(seen["prompt_id"], seen["reward"], strict=True))
+    routed = [rewards["ab"[i % 2]][x["prompt_id"]] for i, x in enumerate(lines)]
+    assert told["multi", "teacher-routed"]["greedy"] == pytest.approx(np.mean(routed))
+    assert told["multi", "teacher-a"]["greedy"] == pytest.approx(np.mean([*rewards["a"].values()]))
+    assert told["multi", "teacher-a"]["greedy"] == told["alone", "teacher"]["greedy"]
+    (claimed,) = json.loads(answer.out)["claims"]
+    assert claimed["n"] == 1
+    assert "uniform/alone in tiny/multi" in claimed["claim"]
+    assert "## Teachers" in (tmp_path / "out" / "report.md").read_text()
+
+
 def fail(how: str) -> None:
     if how == "raise":
         raise ValueError("raised")
@@ -229,6 +273,8 @@ def test_jobs_that_fail_or_die_cost_themselves_alone(lanes: int) -> None:
     ({"round": 3}, "unknown key 'round'"),
     ({"seeds": [1, 1]}, "each once"),
     ({"claims": [{"arm": "fire", "holds": "better", "world": "tiny"}]}, "'fire', which is no arm"),
+    ({"arms": {"teacher-x": {"rule": "uniform"}}}, "that of a teacher's own evaluation"),
+    ({"claims": [{"arm": "same", "holds": "better", "world": "tiny", "against_setting": "multi"}]}, "tiny/multi"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_specification_is_told_before_anything_is_made(
     tiny_world: Any, tmp_path: Path, fire: Callable[..., Any], changes: dict[str, Any], words: str

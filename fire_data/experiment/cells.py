@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ def cell_folder(out: Path, cell: Cell) -> Path:
     return out / "cells" / cell.id
 
 
-def evaluations(spec: Spec) -> list[int]:
-    """Numbers of rounds trained after which there is an evaluation; 0 is the start."""
+def evaluations(spec: Spec, cell: Cell | None = None) -> list[int]:
+    """Numbers of rounds trained after which there is an evaluation; 0 is the start, and all of a teacher's."""
+    if cell is not None and cell.route:
+        return [0]
     return sorted({0, *range(spec.evaluate_every, spec.rounds, spec.evaluate_every), spec.rounds})
 
 
@@ -53,9 +55,11 @@ def build_worlds(out: Path, seed: int, wanted: Sequence[tuple[str, str]]) -> Non
             build(_seed_folder(out, seed), world, setting, seed)
 
 
-def worlds_cpu_seconds(out: Path) -> float:
-    """What building the worlds has cost so far."""
-    return math.fsum(record["cpu_seconds"] for record in metrics.read(out / "worlds" / "cost.jsonl"))
+def worlds_cpu_seconds(out: Path, cells: Iterable[Cell]) -> float:
+    """What building the worlds of these cells has cost so far."""
+    mine = {(cell.seed, cell.world, cell.setting) for cell in cells}
+    records = metrics.read(out / "worlds" / "cost.jsonl")
+    return math.fsum(r["cpu_seconds"] for r in records if (r["seed"], r["world"], r["setting"]) in mine)
 
 
 def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | None = None) -> None:
@@ -64,11 +68,11 @@ def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | 
     Raises what the stages raise, and ConfigError if the cell is there and was made from other values.
     """
     run, cost = _opened(spec, out, cell, base), cell_folder(out, cell) / "cost.jsonl"
-    if is_finished(spec, run):
+    due = evaluations(spec, cell)
+    if is_finished(run, due):
         return
     with Session(run, report or Silent()) as session:
-        due = evaluations(spec)
-        for trained in range(spec.rounds + 1):
+        for trained in range(due[-1] + 1):
             number = trained - 1
             made = trained == 0 or is_sealed(run.part("checkpoints", number))
             seen = trained not in due or evaluated(run, number if trained else None)
@@ -81,10 +85,10 @@ def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | 
                     evaluate(session, number if trained else None)
 
 
-def is_finished(spec: Spec, run: Run) -> bool:
-    """True if all rounds of a run are trained and all its evaluations made."""
-    rounds = all(is_sealed(run.part("checkpoints", number)) for number in range(spec.rounds))
-    return rounds and all(evaluated(run, n - 1 if n else None) for n in evaluations(spec))
+def is_finished(run: Run, due: Sequence[int]) -> bool:
+    """True if all rounds of a run up to its last evaluation are trained, and all its evaluations made."""
+    rounds = all(is_sealed(run.part("checkpoints", number)) for number in range(due[-1]))
+    return rounds and all(evaluated(run, n - 1 if n else None) for n in due)
 
 
 def found_cell(out: Path, cell: Cell) -> Run | None:

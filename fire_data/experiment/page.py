@@ -43,6 +43,7 @@ def markdown(summary: Json, figures: Iterable[str] = ()) -> str:
         "",
         *_table([arm_row(arm) for arm in summary["arms"]]),
         "",
+        *_teachers(summary),
         "## Differences",
         "",
         f"Paired by seed at equal rollout tokens. Intervals: {summary['level']:.0%}, Student's t on the differences, "
@@ -63,6 +64,20 @@ def _claims(summary: Json) -> list[str]:
     rows = [claim_row(c) for c in summary["claims"]]
     about = f"Stated in the specification; {len(rows)} tests, corrected by Holm. Not significant is undecided."
     return ["## Claims", "", about, "", *_table(rows), ""]
+
+
+def _teachers(summary: Json) -> list[str]:
+    if not summary["teachers"]:
+        return []
+    return ["## Teachers", "", *_table([teacher_row(t) for t in summary["teachers"]]), ""]
+
+
+def teacher_row(told: Json) -> Json:
+    """A teacher as people read it."""
+    row = {"world": f"{told['world']}/{told['setting']}", "teacher": told["arm"], "seeds": told["seeds"]}
+    return row | {
+        name: _share(told[k]) for name, k in (("T=1", "sampled"), ("greedy", "greedy"), ("retained", "retain"))
+    }
 
 
 def claim_row(told: Json) -> Json:

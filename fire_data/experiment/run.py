@@ -42,7 +42,7 @@ def experiment(path: Path, out: Path, *, jobs: int, only: str | None, report: Re
         failures = _make(spec, out, base, chosen, jobs, report)
         table = tables.collect(spec, out, every)
         tables.write(table, out / "results.parquet")
-        summary = summarise(table, spec, failures, worlds_cpu_seconds(out))
+        summary = summarise(table, spec, failures, worlds_cpu_seconds(out, every))
         files.replace_json(out / "summary.json", summary, out / ".tmp")
         write_page(summary, table, out)
     return summary | {"cells": len(every), "out": str(out)}

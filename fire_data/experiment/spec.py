@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fire_data.run import Run
 from fire_data.schemas.config import ModelConfig, parse_config, parse_yaml
 from fire_data.schemas.errors import ConfigError
-from fire_data.worlds.registry import ANSWER_PATTERN, WORLDS
+from fire_data.worlds.registry import ANSWER_PATTERN, WORLDS, is_lost
 
 Json = dict[str, Any]
 Metric = Literal["sampled", "greedy", "area", "retain"]
@@ -30,6 +30,10 @@ METRICS: dict[str, str] = {
     "area": "area under the curve of accuracy at temperature 1",
     "retain": "greedy accuracy on what the student knew before",
 }
+TEACHER = "teacher"
+"""Where there is one, its route; and the arm under which it is evaluated, `teacher-ROUTE` where there are several."""
+ROUTED = "teacher-routed"
+"""All teachers together, each on the prompts that are routed to it."""
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,59}$"
 _TOY: Json = {
     "threads": 1,
@@ -73,12 +77,14 @@ class Claim(_Part):
     metric: Metric = "sampled"
     world: str
     setting: str = "single"
+    against_setting: str | None = Field(None, description="the setting of against; null: the same")
     holds: Literal["better", "worse", "within"] = Field(description="than against; within: at most margin apart")
     margin: float = Field(0.02, gt=0, description="of within, in the metric's unit")
 
     def __str__(self) -> str:
         how = f"within {self.margin:g} of" if self.holds == "within" else f"{self.holds} than"
-        return f"{self.arm} is {how} {self.against} in {self.world}/{self.setting} ({self.metric})"
+        other = f"/{self.against_setting}" if self.against_setting else ""
+        return f"{self.arm} is {how} {self.against}{other} in {self.world}/{self.setting} ({self.metric})"
 
 
 class Spec(_Part):
@@ -94,6 +100,7 @@ class Spec(_Part):
     config: Json = Field({}, description="sections of fire.yaml that all cells have")
     against: list[str] = Field(["uniform", "random"], description="arms that all others are compared with")
     metric: Metric = Field("sampled", description="what comparisons are tested on; the others are shown")
+    teachers: bool = Field(False, description="evaluate every teacher too, each prompt also by the one it is routed to")
     target: float = Field(0.8, gt=0, le=1, description="accuracy at temperature 1 to count tokens and steps to")
     claims: list[Claim] = Field([], description="tested as a family of their own")
 
@@ -109,6 +116,9 @@ class Spec(_Part):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Spec:
+        for name in self.arms:
+            if str(name).partition("-")[0] == TEACHER:
+                raise ValueError(f"arm {name!r}: such a name is that of a teacher's own evaluation")
         for name in (*self.arms, *self.given):
             if not re.fullmatch(_NAME, str(name)):
                 raise ValueError(f"{name!r} cannot be a name (letters, digits, ., _, + and -)")
@@ -123,8 +133,9 @@ class Spec(_Part):
             for arm in (claim.arm, claim.against):
                 if arm not in self.arms:
                     raise ValueError(f"a claim names {arm!r}, which is no arm; there are: {', '.join(self.arms)}")
-            if claim.setting not in self.worlds.get(claim.world, ()):
-                raise ValueError(f"a claim is about {claim.world}/{claim.setting}, which is not among the worlds")
+            for setting in (claim.setting, claim.against_setting or claim.setting):
+                if setting not in self.worlds.get(claim.world, ()):
+                    raise ValueError(f"a claim is about {claim.world}/{setting}, which is not among the worlds")
         return self
 
     def settings_of(self, world: str) -> list[str]:
@@ -149,6 +160,12 @@ class Cell:
     seed: int
 
     @property
+    def route(self) -> str | None:
+        """Of a teacher that is evaluated, what it is called; None for an arm."""
+        first, _, route = self.arm.partition("-")
+        return (route or TEACHER) if first == TEACHER else None
+
+    @property
     def id(self) -> str:
         return f"{self.world}/{self.setting}/{self.arm}/seed-{self.seed:03d}"
 
@@ -162,8 +179,16 @@ def cells(spec: Spec) -> Iterator[Cell]:
     for seed in spec.seeds:
         for world, settings in spec.worlds.items():
             for setting in settings:
-                for arm in spec.arms:
+                for arm in (*spec.arms, *_teachers(spec, world, setting)):
                     yield Cell(world, setting, arm, seed)
+
+
+def _teachers(spec: Spec, world: str, setting: str) -> list[str]:
+    """Names of the cells in which the teachers of a world are evaluated. A lost one cannot write."""
+    if not spec.teachers or (world not in spec.given and is_lost(world, setting)):
+        return []
+    routes = _routes(spec, world, setting)
+    return [TEACHER if route == TEACHER else f"{TEACHER}-{route}" for route in routes]
 
 
 def load_spec(path: Path) -> Spec:
@@ -200,14 +225,16 @@ def values_of(
     spec: Spec, cell: Cell, student: Json, teachers: dict[str, Json], prompts: str, held_out: dict[str, str]
 ) -> Json:
     """The values of a cell's `fire.yaml`. `teachers`: by route, or one called `teacher`."""
-    arm = spec.arms[cell.arm]
+    arm = Arm.model_validate({"rule": "uniform"}) if cell.route else spec.arms[cell.arm]
+    if cell.route:
+        student = teachers[cell.route]
     made: Json = {} if cell.world in spec.given else _merged(_TOY, WORLDS[cell.world].config)
     made = _merged(_merged(made, spec.config), arm.config)
-    several = {name: model for name, model in teachers.items() if name != "teacher"}
+    several = {name: model for name, model in teachers.items() if name != TEACHER}
     fixed: Json = {
         "seed": cell.seed,
         "student": student,
-        "teacher": teachers.get("teacher"),
+        "teacher": teachers.get(TEACHER),
         "teachers": several,
         "prompts": {"path": prompts},
         "eval": {"prompts": held_out},
@@ -220,7 +247,7 @@ def _routes(spec: Spec, world: str, setting: str) -> list[str]:
     if world in spec.given:
         return list(spec.given[world].teachers[setting])
     chosen = WORLDS[world].teachers[setting]
-    return list(chosen) if isinstance(chosen, dict) else ["teacher"]
+    return list(chosen) if isinstance(chosen, dict) else [TEACHER]
 
 
 def _merged(old: Json, new: Json) -> Json:

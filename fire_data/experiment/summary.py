@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from fire_data.experiment.spec import METRICS, Claim, Spec
+from fire_data.experiment.spec import METRICS, TEACHER, Claim, Spec
 from fire_data.experiment.statistics import (
     LEVEL,
     Paired,
@@ -49,6 +49,7 @@ def summarise(
         "target": spec.target,
         "metric": spec.metric,
         "level": LEVEL,
+        "teachers": _teachers(table),
         "arms": [_arm(key, seeds, spec, table) for key, seeds in curves.items()],
         "comparisons": comparisons,
         "tests": (tests := sum(c["metric"] == spec.metric for c in comparisons)),
@@ -81,9 +82,12 @@ def _value(metric: str, curve: Curve, budget: float) -> float | None:
     return measure(curve["rollout_tokens"], curve[column], budget)
 
 
-def differences(curves: Curves, group: tuple[str, str], arm: str, against: str, metric: str) -> dict[int, float]:
+def differences(
+    curves: Curves, group: tuple[str, str], arm: str, against: str, metric: str, against_setting: str | None = None
+) -> dict[int, float]:
     """By seed: how much more an arm has of a metric than another, at the fewer rollout tokens of both."""
-    mine, theirs = (curves.get((*group, name), {}) for name in (arm, against))
+    world, setting = group
+    mine, theirs = (curves.get(k, {}) for k in ((*group, arm), (world, against_setting or setting, against)))
     found = {}
     for seed in sorted(mine.keys() & theirs.keys()):
         budget = min(c["rollout_tokens"][-1] for c in (mine[seed], theirs[seed]))
@@ -131,7 +135,8 @@ def _claims(curves: Curves, spec: Spec) -> list[Json]:
 
 
 def _claim(curves: Curves, claim: Claim) -> Json:
-    found = differences(curves, (claim.world, claim.setting), claim.arm, claim.against, claim.metric)
+    place = (claim.world, claim.setting)
+    found = differences(curves, place, claim.arm, claim.against, claim.metric, claim.against_setting)
     told: Json = {"claim": str(claim), "holds": claim.holds, "n": len(found), "p": 1.0, "differences": found}
     if not found:
         return told
@@ -147,6 +152,18 @@ def _verdict(told: Json, p: float) -> str:
     if told["holds"] == "within":
         return "supported"
     return "supported" if (told["mean"] > 0) == (told["holds"] == "better") else "refuted"
+
+
+def _teachers(table: pl.DataFrame) -> list[Json]:
+    """Teachers on the same held-out prompts, means over seeds."""
+    keys = ["world", "setting", "arm"]
+    rows = table.filter(pl.col("arm").str.split("-").list.first() == TEACHER)
+    values = [
+        pl.len().alias("seeds"),
+        pl.col("sampled", "greedy").mean(),
+        pl.col("retain_greedy").mean().alias("retain"),
+    ]
+    return rows.group_by(keys, maintain_order=True).agg(values).to_dicts()
 
 
 def _arm(key: tuple[str, str, str], seeds: dict[int, Curve], spec: Spec, table: pl.DataFrame) -> Json:

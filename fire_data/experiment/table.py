@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from fire_data import files, metrics
 from fire_data.experiment.cells import cell_folder, found_cell
-from fire_data.experiment.spec import Cell, Spec
+from fire_data.experiment.spec import ROUTED, TEACHER, Cell, Spec
+from fire_data.prompts import read_prompts
 from fire_data.run import Run
 from fire_data.shards import is_sealed, read_manifest
 
@@ -36,9 +37,35 @@ SCHEMA: dict[str, Any] = {
 
 
 def collect(spec: Spec, out: Path, cells: Iterable[Cell]) -> pl.DataFrame:
-    """What is sealed of these cells; those that were not begun have no rows."""
-    rows = [row for cell in cells if (run := found_cell(out, cell)) is not None for row in _rows(spec, out, cell, run)]
+    """What is sealed of these cells; those that were not begun have no rows. Teachers have one row, of round 0."""
+    rows: list[Json] = []
+    several: dict[tuple[str, str, int], dict[str, Run | None]] = defaultdict(dict)
+    for cell in cells:
+        run = found_cell(out, cell)
+        if run is not None:
+            rows += _rows(spec, out, cell, run)
+        if cell.route not in (None, TEACHER):
+            there = run is not None and is_sealed(run.part("evals", "start", "main"))
+            several[cell.world, cell.setting, cell.seed][str(cell.route)] = run if there else None
+    for (world, setting, seed), runs in several.items():
+        if (all_there := {k: run for k, run in runs.items() if run is not None}).keys() == runs.keys():
+            told = {"world": world, "setting": setting, "arm": ROUTED, "seed": seed, "round": 0, **_routed(all_there)}
+            rows.append(
+                told | {"rule": "uniform", "params": "{}", "steps": 0, "rollout_tokens": 0, "trained_tokens": 0}
+            )
     return pl.DataFrame(rows, schema=SCHEMA)
+
+
+def _routed(runs: dict[str, Run]) -> Json:
+    """Accuracies of several teachers, each on the held-out prompts that name it; empty if a prompt names none."""
+    found = []
+    for route, run in runs.items():
+        prompts = read_prompts(run.config.eval.prompts["main"], run.root)  # type: ignore[call-overload, index]
+        mine = pl.DataFrame(prompts.select(["prompt_id", "teacher"])).filter(teacher=route)
+        seen = run.evals().filter(pl.col("benchmark") == "main", pl.col("round") == -1).collect()
+        found.append(seen.join(mine, on="prompt_id", how="semi"))
+    means = pl.concat(found).group_by("mode").agg(pl.col("reward").mean())
+    return dict(means.iter_rows())
 
 
 def write(table: pl.DataFrame, path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from fire_data.worlds import lost
-from fire_data.worlds.registry import PARTS, TASKS, WORLDS, Part, World
+from fire_data.worlds.registry import PARTS, TASKS, WORLDS, Part, World, is_lost
 from fire_data.worlds.world import (
     Example,
     Report,
@@ -78,7 +78,7 @@ def build(folder: Path, name: str, setting: str, seed: int, report: Report | Non
     return Built(
         student=folder / "models" / world.student,
         teachers={route: folder / "models" / part for route, part in routes.items()},
-        trusted=any(PARTS[part].lost for part in routes.values()),
+        trusted=is_lost(name, setting),
         prompts=place / "prompts.jsonl",
         main=place / "main.jsonl",
         retain=place / "retain.jsonl",

@@ -94,6 +94,13 @@ PARTS: dict[str, Part] = {
     ),
 }  # fmt: skip
 
+
+def is_lost(world: str, setting: str) -> bool:
+    """Whether a teacher of this world is one that scores and cannot write."""
+    chosen = WORLDS[world].teachers[setting]
+    return any(PARTS[part].lost for part in (chosen.values() if isinstance(chosen, dict) else [chosen]))
+
+
 _CHAIN: dict[str, Any] = {"student": "chain-student", "main": ("chain",)}
 _TEACHERS: dict[str, str | dict[str, str]] = {"single": "chain-teacher", "strong": "chain-large"}
 

@@ -22,6 +22,7 @@ pytest.importorskip("torch")
 
 # After the skip, because the modules need it.
 from fire_data.experiment import summary as summaries
+from fire_data.experiment import table as tables
 from fire_data.experiment.cells import evaluations, make_cell
 from fire_data.experiment.page import markdown
 from fire_data.experiment.run import experiment
@@ -93,7 +94,8 @@ def test_a_cell_is_an_ordinary_run(finished: Path, fire: Callable[..., Any]) -> 
 
 
 def test_the_table_has_a_row_per_cell_and_round_with_what_the_manifests_say(finished: Path) -> None:
-    table = pl.read_parquet(finished / "out" / "results.parquet")
+    table, worlds = tables.read(finished / "out" / "results.parquet")
+    assert worlds == 0, "its world was there"
     assert table.schema == pl.Schema(SCHEMA)
     assert table.height == 3 * 2 * 3
     cell = table.filter(arm="random", seed=1).sort("round")

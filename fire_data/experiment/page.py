@@ -41,7 +41,7 @@ def markdown(summary: Json, figures: Iterable[str] = ()) -> str:
         "Means over seeds after the last round. `to target`: median over seeds of what was spent until accuracy at "
         f"temperature 1 was {summary['target']:g}, and how many seeds came there.",
         "",
-        *_table([arm_row(arm) for arm in summary["arms"]]),
+        *markdown_table([arm_row(arm) for arm in summary["arms"]]),
         "",
         *_teachers(summary),
         "## Differences",
@@ -52,7 +52,7 @@ def markdown(summary: Json, figures: Iterable[str] = ()) -> str:
         f"{seeds} seeds it cannot be below {summary['least_p']:.4g} before correction, and {tests} comparisons need "
         f"{summary['seeds_for_sign_flip']} seeds for it to say anything at 5 %.",
         "",
-        *_table([difference_row(c) for c in summary["comparisons"]]),
+        *markdown_table([difference_row(c) for c in summary["comparisons"]]),
         *_failures(summary["failures"]),
     ]
     return "\n".join(lines) + "\n"
@@ -63,13 +63,13 @@ def _claims(summary: Json) -> list[str]:
         return []
     rows = [claim_row(c) for c in summary["claims"]]
     about = f"Stated in the specification; {len(rows)} tests, corrected by Holm. Not significant is undecided."
-    return ["## Claims", "", about, "", *_table(rows), ""]
+    return ["## Claims", "", about, "", *markdown_table(rows), ""]
 
 
 def _teachers(summary: Json) -> list[str]:
     if not summary["teachers"]:
         return []
-    return ["## Teachers", "", *_table([teacher_row(t) for t in summary["teachers"]]), ""]
+    return ["## Teachers", "", *markdown_table([teacher_row(t) for t in summary["teachers"]]), ""]
 
 
 def teacher_row(told: Json) -> Json:
@@ -143,14 +143,15 @@ def _failures(failures: dict[str, str]) -> list[str]:
     if not failures:
         return []
     rows = [{"cell": cell, "error": error} for cell, error in failures.items()]
-    return ["", "## Failed cells", "", *_table(rows)]
+    return ["", "## Failed cells", "", *markdown_table(rows)]
 
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _table(rows: list[Json]) -> list[str]:
+def markdown_table(rows: list[Json]) -> list[str]:
+    """The lines of a Markdown table; all rows have the keys of the first."""
     if not rows:
         return ["None."]
 

@@ -41,8 +41,9 @@ def experiment(path: Path, out: Path, *, jobs: int, only: str | None, report: Re
     with files.locked(out / ".lock", waiting):
         failures = _make(spec, out, base, chosen, jobs, report)
         table = tables.collect(spec, out, every)
-        tables.write(table, out / "results.parquet")
-        summary = summarise(table, spec, failures, worlds_cpu_seconds(out, every))
+        worlds = worlds_cpu_seconds(out, every)
+        tables.write(table, out / "results.parquet", worlds)
+        summary = summarise(table, spec, failures, worlds)
         files.replace_json(out / "summary.json", summary, out / ".tmp")
         write_page(summary, table, out)
     return summary | {"cells": len(every), "out": str(out)}

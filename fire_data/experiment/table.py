@@ -35,6 +35,8 @@ SCHEMA: dict[str, Any] = {
     "drift": pl.Float64, "cpu_seconds": pl.Float64, "peak_mb": pl.Float64,
 }  # fmt: skip
 
+_WORLDS = "worlds_cpu_seconds"
+
 
 def collect(spec: Spec, out: Path, cells: Iterable[Cell]) -> pl.DataFrame:
     """What is sealed of these cells; those that were not begun have no rows. Teachers have one row, of round 0."""
@@ -68,11 +70,18 @@ def _routed(runs: dict[str, Run]) -> Json:
     return dict(means.iter_rows())
 
 
-def write(table: pl.DataFrame, path: Path) -> None:
+def write(table: pl.DataFrame, path: Path, worlds_cpu_seconds: float) -> None:
     """Write the table as Parquet in place of the one that is there, whole or not at all."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table.to_arrow(), sink, compression="zstd", write_page_checksum=True)
+    plain = table.to_arrow().replace_schema_metadata({_WORLDS: repr(worlds_cpu_seconds)})
+    pq.write_table(plain, sink, compression="zstd", write_page_checksum=True)
     files.replace_bytes(path, sink.getvalue().to_pybytes(), path.parent / ".tmp")
+
+
+def read(path: Path) -> tuple[pl.DataFrame, float]:
+    """The table of an experiment, and the CPU seconds that building its worlds took."""
+    table = pq.read_table(path)
+    return pl.DataFrame(table), float((table.schema.metadata or {}).get(_WORLDS.encode(), b"0"))
 
 
 def _rows(spec: Spec, out: Path, cell: Cell, run: Run) -> Iterator[Json]:

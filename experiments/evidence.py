@@ -1,0 +1,267 @@
+"""Writes docs/evidence.md and its figures from the committed results: every number on that page is computed here.
+
+    python experiments/evidence.py
+    python experiments/evidence.py --take runs      # first copy runs/NAME/results.parquet of `fire experiment`
+
+`results/NAME.parquet` is what `fire experiment experiments/NAME.yaml` found. Words are in `evidence.md.jinja`, where
+`{{ sure(...) }}` names a claim with the verdict that a sentence rests on: if the results say otherwise, no page is
+written. Needs the extra `report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import polars as pl
+
+from fire_data.experiment import table as tables
+from fire_data.experiment.page import arm_row, claim_row, difference_row, markdown_table, teacher_row
+from fire_data.experiment.spec import METRICS, Spec, load_spec
+from fire_data.experiment.summary import summarise
+
+Json = dict[str, Any]
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "evidence.md"
+FIGURES = PAGE.parent / "assets" / "evidence"
+_BLUE, _GREY, _ORANGE = "#0072b2", "#f3f3f3", "#d55e00"  # told apart by colour-blind eyes
+
+
+class Experiment(NamedTuple):
+    spec: Spec
+    table: pl.DataFrame
+    told: Json
+
+
+@cache
+def experiment(name: str) -> Experiment:
+    """What was found, computed anew from the committed table."""
+    spec = load_spec(HERE / f"{name}.yaml")
+    table, worlds = tables.read(HERE / "results" / f"{name}.parquet")
+    return Experiment(spec, table, summarise(table, spec, worlds_cpu_seconds=worlds))
+
+
+def names() -> list[str]:
+    """Experiments that have results and a specification."""
+    return sorted(p.stem for p in (HERE / "results").glob("*.parquet") if (HERE / f"{p.stem}.yaml").exists())
+
+
+def page() -> str:
+    """The text of docs/evidence.md."""
+    loader = jinja2.FileSystemLoader(HERE)
+    made = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True)
+    tools: list[Callable[..., str]] = [arm, diff, better, claims, sure, arms, against, teachers, teacher, size, hours]
+    made.globals |= {tool.__name__: tool for tool in tools}
+    return made.get_template("evidence.md.jinja").render() + "\n"
+
+
+# What the template calls.
+
+
+def arm(name: str, group: str, who: str, metric: str = "sampled") -> str:
+    """An arm's mean at the end."""
+    return _number(_arm(name, group, who)[metric])
+
+
+def teacher(name: str, group: str, who: str = "teacher", metric: str = "sampled") -> str:
+    """A teacher's mean accuracy."""
+    return _number(_one(experiment(name).told["teachers"], group, arm=who)[metric])
+
+
+def diff(name: str, group: str, who: str, to: str = "uniform", metric: str = "sampled") -> str:
+    """A paired difference with its interval."""
+    return str(difference_row(_comparison(name, group, who, to, metric))["difference"])
+
+
+def better(name: str, group: str, who: str, to: str = "uniform", metric: str = "sampled") -> str:
+    """In how many seeds an arm is better."""
+    return str(difference_row(_comparison(name, group, who, to, metric))["better"])
+
+
+def sure(name: str, claim: str, verdict: str) -> str:
+    """The corrected p of a claim; ValueError if its verdict is another."""
+    (told,) = [c for c in experiment(name).told["claims"] if c["claim"] == claim]
+    if told["verdict"] != verdict:
+        raise ValueError(f"the page says {verdict} of {name}: {claim}; the results say {told['verdict']}")
+    row = claim_row(told)
+    return f"{row['difference']}, p = {row['p (Holm)']}"
+
+
+def claims(name: str) -> str:
+    """All claims of an experiment."""
+    return _lines([claim_row(c) for c in experiment(name).told["claims"]])
+
+
+def arms(name: str, group: str) -> str:
+    """All arms of one world and setting, with their difference to uniform."""
+    told, rows = experiment(name).told, []
+    for one in told["arms"]:
+        if f"{one['world']}/{one['setting']}" == group:
+            row = arm_row(one)
+            columns = {
+                k: row[k] for k in ("arm", "T=1", "greedy", "retained", "k tokens to target", "trained", "CPU s")
+            }
+            if one["arm"] == "uniform":
+                columns |= {"T=1 − uniform": "", "p (Holm)": ""}
+            else:
+                made = difference_row(_comparison(name, group, one["arm"], "uniform", "sampled"))
+                columns |= {"T=1 − uniform": made["difference"], "p (Holm)": made["p (Holm)"]}
+            rows.append(columns)
+    return _lines(rows)
+
+
+def against(name: str, to: str = "uniform", metric: str = "sampled") -> str:
+    """Differences of all arms in all worlds of an experiment, a column for each world."""
+    told = experiment(name).told["comparisons"]
+    chosen = [c for c in told if c["against"] == to and c["metric"] == metric]
+    rows: dict[str, Json] = {}
+    for c in chosen:
+        bold = "**" if c["low"] is not None and (c["low"] > 0 or c["high"] < 0) else ""
+        text = f"{bold}{c['mean']:+.3f}{bold}" if c["low"] is not None else f"{c['mean']:+.3f}"
+        rows.setdefault(c["arm"], {"arm": c["arm"]})[_column(c)] = text
+    return _lines([*rows.values()])
+
+
+def teachers(name: str) -> str:
+    """The teachers of an experiment."""
+    return _lines([teacher_row(t) for t in experiment(name).told["teachers"]])
+
+
+def size(name: str) -> str:
+    """Seeds and rounds in words."""
+    told = experiment(name).told
+    done = {a["seeds"] for a in told["arms"]}
+    seeds = str(*done) if len(done) == 1 else f"{min(done)} to {max(done)}"
+    return f"{seeds} seeds, {told['rounds']} rounds"
+
+
+def hours(*chosen: str) -> str:
+    """CPU hours of experiments, worlds included; of all of them if none is named."""
+    told = [experiment(name).told for name in chosen or names()]
+    return f"{sum(t['cpu_seconds'] + t['worlds_cpu_seconds'] for t in told) / 3600:.1f}"
+
+
+def _arm(name: str, group: str, who: str) -> Json:
+    return _one(experiment(name).told["arms"], group, arm=who)
+
+
+def _comparison(name: str, group: str, who: str, to: str, metric: str) -> Json:
+    return _one(experiment(name).told["comparisons"], group, arm=who, against=to, metric=metric)
+
+
+def _one(rows: Iterable[Json], group: str, **wanted: str) -> Json:
+    world, setting = group.split("/")
+    wanted |= {"world": world, "setting": setting}
+    found = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} rows for {wanted}")
+    return found[0]
+
+
+def _column(c: Json) -> str:
+    return str(c["world"]) if c["setting"] == "single" else f"{c['world']}/{c['setting']}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _lines(rows: list[Json]) -> str:
+    return "\n".join(markdown_table(rows))
+
+
+# Figures.
+
+
+def figures() -> dict[str, Any]:
+    """Altair charts by file name."""
+    there, made = {*names()}, {}
+    if "main" in there:
+        made["main"] = forest("main", "sampled")
+    for name, columns in (("stressors", ("sampled", "retain")), ("ablations", ("sampled", "retain"))):
+        if name in there:
+            made[name] = heat(name, columns)
+    return made
+
+
+def forest(name: str, metric: str) -> Any:
+    """Differences to uniform with intervals, a panel for each world and setting."""
+    import altair as alt
+
+    rows = [c for c in _compared(name, [metric]) if c["low"] is not None]
+    groups = list(dict.fromkeys(c["column"] for c in rows))
+    y = alt.Y("arm:N", sort=[c["arm"] for c in rows], title=None)
+    panels = []
+    for at, group in enumerate(groups):
+        base = alt.Chart(_frame([c for c in rows if c["column"] == group]), width=210, title=group)
+        shown = y if at == 0 else y.axis(None)
+        bars = base.mark_rule(color=_BLUE, clip=True).encode(
+            x=alt.X("low:Q", title=None, scale=alt.Scale(domain=[-0.4, 0.2])), x2="high:Q", y=shown
+        )
+        dots = base.mark_circle(size=50, opacity=1, color=_BLUE, clip=True).encode(x="mean:Q", y=shown)
+        zero = alt.Chart(pl.DataFrame({"x": [0.0]})).mark_rule(color="#999", strokeDash=[4, 3]).encode(x="x:Q")
+        panels.append(zero + bars + dots)
+    return alt.hconcat(*panels, title=f"difference to uniform in {METRICS[metric]}, 95 % intervals")
+
+
+def heat(name: str, metrics: Sequence[str]) -> Any:
+    """Differences to uniform as colours and numbers; bold where the interval excludes 0."""
+    import altair as alt
+
+    panels = []
+    for metric in metrics:
+        rows = _frame(_compared(name, [metric])).with_columns(
+            text=pl.col("mean").map_elements(lambda v: f"{v:+.2f}".replace("-", "−"), pl.String),
+            sure=(pl.col("low") > 0) | (pl.col("high") < 0),
+            light=pl.col("mean").abs() < 0.2,
+        )
+        x = alt.X("column:N", sort=None, title=None, axis=alt.Axis(labelAngle=-40, orient="top"))
+        base = alt.Chart(rows, title=METRICS[metric]).encode(x=x, y=alt.Y("arm:N", sort=None, title=None))
+        scale = alt.Scale(domain=[-0.3, 0, 0.3], range=[_ORANGE, _GREY, _BLUE], clamp=True)
+        boxes = base.mark_rect().encode(color=alt.Color("mean:Q", scale=scale, legend=None))
+        ink = alt.condition("datum.light", alt.value("black"), alt.value("white"))
+        words = base.encode(text="text:N", color=ink)
+        plain = words.transform_filter("!datum.sure").mark_text(fontSize=11)
+        bold = words.transform_filter("datum.sure").mark_text(fontSize=11, fontWeight="bold")
+        panels.append((boxes + plain + bold).properties(width=alt.Step(46), height=alt.Step(22)))
+    return alt.hconcat(*panels, title="difference to uniform; bold: the 95 % interval excludes 0")
+
+
+def _compared(name: str, metrics: Sequence[str]) -> list[Json]:
+    told = experiment(name).told["comparisons"]
+    chosen = [c for c in told if c["against"] == "uniform" and c["metric"] in metrics]
+    return [{"column": _column(c), **{k: c[k] for k in ("arm", "mean", "low", "high")}} for c in chosen]
+
+
+def _frame(rows: list[Json]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema_overrides=dict.fromkeys(("mean", "low", "high"), pl.Float64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--take", type=Path, metavar="RUNS", help="folder of experiments to take results from")
+    chosen = parser.parse_args()
+    if chosen.take is not None:
+        (HERE / "results").mkdir(exist_ok=True)
+        for spec in sorted(HERE.glob("*.yaml")):
+            found = chosen.take / spec.stem / "results.parquet"
+            if found.exists():
+                shutil.copyfile(found, HERE / "results" / f"{spec.stem}.parquet")
+    import vl_convert
+
+    from fire_data.compare.plot import drawable
+
+    PAGE.write_text(page(), encoding="utf-8")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for name, chart in figures().items():
+        (FIGURES / f"{name}.svg").write_text(str(vl_convert.vegalite_to_svg(drawable(chart))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

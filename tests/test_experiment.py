@@ -21,12 +21,13 @@ import yaml
 pytest.importorskip("torch")
 
 # After the skip, because the modules need it.
+from fire_data import metrics
 from fire_data.experiment import summary as summaries
 from fire_data.experiment.cells import evaluations, make_cell
 from fire_data.experiment.page import markdown
 from fire_data.experiment.run import experiment
 from fire_data.experiment.spec import Spec, cells, load_spec
-from fire_data.experiment.table import SCHEMA
+from fire_data.experiment.table import SCHEMA, collect
 from fire_data.experiment.workers import work_through
 from fire_data.run import open_run
 from fire_data.schemas.errors import ConfigError
@@ -199,6 +200,19 @@ def test_a_cell_made_from_other_settings_is_not_continued(tiny_world: Any, tmp_p
     changed = written(tmp_path, tiny_world, config={"threads": 1, "rollout": {"n": 4}})
     with pytest.raises(ConfigError, match="made from other settings"):
         make_cell(load_spec(changed), tmp_path / "out", cell, tmp_path)
+
+
+def test_rounds_evaluated_later_are_the_same_cell(finished: Path) -> None:
+    spec, out = load_spec(finished / "spec.yaml"), finished / "later"
+    cell = next(cells(spec))
+    make_cell(spec, out, cell, finished, held_out=False)
+    assert not (out / "cells" / cell.id / "evals").exists()
+    training = {r["round"] for r in metrics.read(out / "cells" / cell.id / "cost.jsonl")}
+    make_cell(spec, out, cell, finished)
+    own = ["cpu_seconds", "peak_mb"]
+    known = pl.read_parquet(finished / "out" / "results.parquet").filter(arm=cell.arm, seed=cell.seed)
+    assert collect(spec, out, [cell]).drop(own).equals(known.drop(own))
+    assert training == {1, 2}
 
 
 def fail(how: str) -> None:

@@ -58,8 +58,14 @@ def worlds_cpu_seconds(out: Path) -> float:
     return math.fsum(record["cpu_seconds"] for record in metrics.read(out / "worlds" / "cost.jsonl"))
 
 
-def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | None = None) -> None:
-    """Make, continue or confirm a cell whose world is built. `base`: the folder that given paths are relative to.
+def make_cell(
+    spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | None = None, *, held_out: bool = True
+) -> None:
+    """Make, continue or confirm a cell whose world is built.
+
+    Args:
+        base: the folder that given paths are relative to.
+        held_out: False: rounds alone; another call evaluates them. What training takes is then told without evaluations.
 
     Raises what the stages raise, and ConfigError if the cell is there and was made from other values.
     """
@@ -67,7 +73,7 @@ def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | 
     if is_finished(spec, run):
         return
     with Session(run, report or Silent()) as session:
-        due = evaluations(spec)
+        due = evaluations(spec) if held_out else []
         for trained in range(spec.rounds + 1):
             number = trained - 1
             made = trained == 0 or is_sealed(run.part("checkpoints", number))

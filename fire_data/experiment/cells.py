@@ -65,9 +65,10 @@ def make_cell(
 
     Args:
         base: the folder that given paths are relative to.
-        held_out: False: rounds alone; another call evaluates them. What training takes is then told without evaluations.
+        held_out: False: rounds alone, so that what they cost is told without evaluations; another call makes those.
 
-    Raises what the stages raise, and ConfigError if the cell is there and was made from other values.
+    Raises:
+        ConfigError: the cell is there and was made from other values. Beside it, what the stages raise.
     """
     run, cost = _opened(spec, out, cell, base), cell_folder(out, cell) / "cost.jsonl"
     if is_finished(spec, run):

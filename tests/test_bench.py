@@ -36,7 +36,7 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    names = "cli cluster report rollout rules scale score storage train vllm vllm_stages weigh"
+    names = "cli cluster peer report rollout rules scale score storage train vllm vllm_stages weigh"
     assert names.split() == SCRIPTS
 
 
@@ -73,3 +73,34 @@ def test_ratios_are_of_neighbours_in_time_and_per_token(monkeypatch: pytest.Monk
     found = measure.summarise({"fire": ours, "peer": peer})
     assert found["ratios"] == {"peer": {"median": 1.0, "range": [1.0, 3.0]}}
     assert found["cases"]["fire"]["tokens_per_s"] == pytest.approx(10 / 3)
+
+
+def test_trainings_are_compared_where_both_have_spent_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import peer
+    import polars as pl
+
+    from fire_data.experiment.spec import Spec
+    from fire_data.experiment.table import SCHEMA
+
+    def rows(arm: str, tokens: int, seconds: float, ends: list[float]) -> list[dict[str, Any]]:
+        """Three rounds of so many tokens and seconds, evaluated at the start and at the end."""
+        return [
+            {"arm": arm, "seed": seed, "round": r, "rollout_tokens": r * tokens, "cpu_seconds": seconds if r else 0.0}
+            | (dict.fromkeys(peer.ACCURACIES, end if r else 0.0) if r in (0, 3) else {})
+            for seed, end in enumerate(ends)
+            for r in range(4)
+        ]
+
+    table = pl.DataFrame([*rows("fire", 100, 4.0, [0.6, 0.9]), *rows("trl", 200, 1.0, [0.8, 0.8])], schema=SCHEMA)
+    spec = Spec.model_validate({"worlds": {"chain": ["single"]}, "arms": peer.OURS, "seeds": 2, "target": 0.6})
+    found = peer.differences("fire", "trl", spec, table)
+    assert found["greedy at equal tokens"]["by_seed"] == pytest.approx([0.2, 0.5]), "TRL had come half of its way"
+    assert found["sampled at equal CPU seconds"]["by_seed"] == pytest.approx([0.15 - 0.8, 0.225 - 0.8])
+    assert found["CPU seconds to 0.6"]["by_seed"] == pytest.approx([12 - 2.25, 8 - 2.25])
+    assert found["greedy at equal tokens"]["mean"] == pytest.approx(0.35)
+    assert found["greedy at equal tokens"]["low"] < 0.2
+    never = peer.differences("fire", "trl", spec.model_copy(update={"target": 0.95}), table)
+    assert "CPU seconds to 0.95" not in never
+    assert peer.tested([0.1])["low"] is None, "one seed has no interval"

@@ -21,13 +21,14 @@ import yaml
 pytest.importorskip("torch")
 
 # After the skip, because the modules need it.
+from fire_data import metrics
 from fire_data.experiment import summary as summaries
 from fire_data.experiment import table as tables
 from fire_data.experiment.cells import evaluations, make_cell
 from fire_data.experiment.page import markdown
 from fire_data.experiment.run import experiment
 from fire_data.experiment.spec import Spec, cells, load_spec
-from fire_data.experiment.table import SCHEMA
+from fire_data.experiment.table import SCHEMA, collect
 from fire_data.experiment.workers import work_through
 from fire_data.run import open_run
 from fire_data.schemas.errors import ConfigError
@@ -245,6 +246,19 @@ def test_teachers_are_evaluated_each_alone_and_all_together_where_prompts_are_ro
     assert claimed["n"] == 1
     assert "uniform/alone in tiny/multi" in claimed["claim"]
     assert "## Teachers" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_rounds_evaluated_later_are_the_same_cell(finished: Path) -> None:
+    spec, out = load_spec(finished / "spec.yaml"), finished / "later"
+    cell = next(cells(spec))
+    make_cell(spec, out, cell, finished, held_out=False)
+    assert not (out / "cells" / cell.id / "evals").exists()
+    training = {r["round"] for r in metrics.read(out / "cells" / cell.id / "cost.jsonl")}
+    make_cell(spec, out, cell, finished)
+    own = ["cpu_seconds", "peak_mb"]
+    known = pl.read_parquet(finished / "out" / "results.parquet").filter(arm=cell.arm, seed=cell.seed)
+    assert collect(spec, out, [cell]).drop(own).equals(known.drop(own))
+    assert training == {1, 2}
 
 
 def fail(how: str) -> None:

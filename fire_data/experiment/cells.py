@@ -62,10 +62,17 @@ def worlds_cpu_seconds(out: Path, cells: Iterable[Cell]) -> float:
     return math.fsum(r["cpu_seconds"] for r in records if (r["seed"], r["world"], r["setting"]) in mine)
 
 
-def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | None = None) -> None:
-    """Make, continue or confirm a cell whose world is built. `base`: the folder that given paths are relative to.
+def make_cell(
+    spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | None = None, *, held_out: bool = True
+) -> None:
+    """Make, continue or confirm a cell whose world is built.
 
-    Raises what the stages raise, and ConfigError if the cell is there and was made from other values.
+    Args:
+        base: the folder that given paths are relative to.
+        held_out: False: rounds alone, so that what they cost is told without evaluations; another call makes those.
+
+    Raises:
+        ConfigError: the cell is there and was made from other values. Beside it, what the stages raise.
     """
     run, cost = _opened(spec, out, cell, base), cell_folder(out, cell) / "cost.jsonl"
     due = evaluations(spec, cell)
@@ -75,7 +82,7 @@ def make_cell(spec: Spec, out: Path, cell: Cell, base: Path, report: Reporter | 
         for trained in range(due[-1] + 1):
             number = trained - 1
             made = trained == 0 or is_sealed(run.part("checkpoints", number))
-            seen = trained not in due or evaluated(run, number if trained else None)
+            seen = not held_out or trained not in due or evaluated(run, number if trained else None)
             if made and seen:
                 continue
             with _measured(cost, {"round": trained}):

@@ -95,7 +95,7 @@ def _rows(spec: Spec, out: Path, cell: Cell, run: Run) -> Iterator[Json]:
     rollout_tokens = trained_tokens = steps = 0
     for trained in range(spec.rounds + 1):
         number = trained - 1
-        row: Json = {"round": trained, **_accuracies(run, number if trained else "start"), **cost[trained]}
+        row: Json = {"round": trained, **accuracies(run, number if trained else "start"), **cost[trained]}
         if trained:
             if not is_sealed(run.part("checkpoints", number)):
                 return
@@ -117,7 +117,8 @@ def _rows(spec: Spec, out: Path, cell: Cell, run: Run) -> Iterator[Json]:
         yield told | row | {"steps": steps, "rollout_tokens": rollout_tokens, "trained_tokens": trained_tokens}
 
 
-def _accuracies(run: Run, number: int | str) -> Json:
+def accuracies(run: Run, number: int | str) -> Json:
+    """The columns of an evaluation: `greedy`, `sampled` and both for `retain`, None where there is none."""
     found: Json = {}
     for name, prefix in (("main", ""), ("retain", "retain_")):
         manifest = read_manifest(run.part("evals", number, name))

@@ -23,14 +23,17 @@ import polars as pl
 from fire_data.experiment import table as tables
 from fire_data.experiment.page import arm_row, claim_row, difference_row, markdown_table, teacher_row
 from fire_data.experiment.spec import METRICS, Spec, load_spec
-from fire_data.experiment.summary import summarise
+from fire_data.experiment.statistics import paired
+from fire_data.experiment.summary import curves_of, differences, summarise
 
 Json = dict[str, Any]
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "evidence.md"
+PEERS = HERE / "results" / "peer.parquet"  # of bench/peer.py
 FIGURES = PAGE.parent / "assets" / "evidence"
 _BLUE, _GREY, _ORANGE = "#0072b2", "#f3f3f3", "#d55e00"  # told apart by colour-blind eyes
+_COLOURS = ["#000000", "#999999", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00"]  # Okabe and Ito
 
 
 class Experiment(NamedTuple):
@@ -56,7 +59,9 @@ def page() -> str:
     """The text of docs/evidence.md."""
     loader = jinja2.FileSystemLoader(HERE)
     made = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True)
-    tools: list[Callable[..., str]] = [arm, diff, better, claims, sure, arms, against, teachers, teacher, size, hours]
+    tools: list[Callable[..., Any]] = [
+        arm, diff, better, claims, sure, arms, against, after, teachers, teacher, size, hours, peers, beside, names,
+    ]  # fmt: skip
     made.globals |= {tool.__name__: tool for tool in tools}
     return made.get_template("evidence.md.jinja").render() + "\n"
 
@@ -67,6 +72,13 @@ def page() -> str:
 def arm(name: str, group: str, who: str, metric: str = "sampled") -> str:
     """An arm's mean at the end."""
     return _number(_arm(name, group, who)[metric])
+
+
+def after(name: str, group: str, who: str, rounds: int, metric: str = "retain_greedy") -> str:
+    """An arm's mean in the evaluation after so many rounds."""
+    world, setting = group.split("/")
+    rows = experiment(name).table.filter(world=world, setting=setting, arm=who, round=rounds)
+    return _mean(rows[metric])
 
 
 def teacher(name: str, group: str, who: str = "teacher", metric: str = "sampled") -> str:
@@ -133,6 +145,32 @@ def teachers(name: str) -> str:
     return _lines([teacher_row(t) for t in experiment(name).told["teachers"]])
 
 
+def peers() -> str:
+    """Whole trainings by `bench/peer.py`: ours and TRL's at the end, means over seeds."""
+    table, _ = tables.read(PEERS)
+    rows = []
+    for (who,), mine in table.group_by("arm", maintain_order=True):
+        last = mine.filter(round=mine["round"].max())
+        early = mine.filter(round=5)
+        row = {
+            "training": f"`{who}`",
+            "T=1 after 5 rounds": _mean(early["sampled"]),
+            "T=1 at the end": _mean(last["sampled"]),
+        }
+        row |= {"greedy at the end": _mean(last["greedy"]), "retained": _mean(last["retain_greedy"])}
+        spent = mine.group_by("seed").agg(pl.col("cpu_seconds").sum(), pl.col("peak_mb").max())
+        rows.append(row | {"CPU s": f"{spent['cpu_seconds'].mean():.1f}", "peak MB": f"{spent['peak_mb'].mean():.0f}"})
+    return _lines(rows)
+
+
+def beside(who: str, to: str, metric: str = "sampled") -> str:
+    """The paired difference of two whole trainings at equal rollout tokens."""
+    table, _ = tables.read(PEERS)
+    found = differences(curves_of(table, int(table["round"].max())), ("chain", "single"), who, to, metric)  # type: ignore[arg-type]
+    result = paired([*found.values()])
+    return f"{result.mean:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"
+
+
 def size(name: str) -> str:
     """Seeds and rounds in words."""
     told = experiment(name).told
@@ -153,6 +191,10 @@ def _arm(name: str, group: str, who: str) -> Json:
 
 def _comparison(name: str, group: str, who: str, to: str, metric: str) -> Json:
     return _one(experiment(name).told["comparisons"], group, arm=who, against=to, metric=metric)
+
+
+def _mean(values: pl.Series) -> str:
+    return _number(values.mean())  # type: ignore[arg-type]
 
 
 def _one(rows: Iterable[Json], group: str, **wanted: str) -> Json:
@@ -182,6 +224,8 @@ def _lines(rows: list[Json]) -> str:
 def figures() -> dict[str, Any]:
     """Altair charts by file name."""
     there, made = {*names()}, {}
+    if "protection" in there:
+        made["protection"] = curves("protection", "retain_greedy", "retained, greedy")
     if "main" in there:
         made["main"] = forest("main", "sampled")
     for name, columns in (("stressors", ("sampled", "retain")), ("ablations", ("sampled", "retain"))):
@@ -208,6 +252,26 @@ def forest(name: str, metric: str) -> Any:
         zero = alt.Chart(pl.DataFrame({"x": [0.0]})).mark_rule(color="#999", strokeDash=[4, 3]).encode(x="x:Q")
         panels.append(zero + bars + dots)
     return alt.hconcat(*panels, title=f"difference to uniform in {METRICS[metric]}, 95 % intervals")
+
+
+def curves(name: str, column: str, label: str) -> Any:
+    """A metric by rounds, a panel for each world: means over seeds, and every seed behind them."""
+    import altair as alt
+
+    found, panels = experiment(name), []
+    for world, settings in found.spec.worlds.items():
+        rows = found.table.filter(pl.col("world") == world, pl.col("arm").is_in([*found.spec.arms]))
+        rows = rows.filter(pl.col(column).is_not_null()).select("setting", "arm", "seed", "round", y=column)
+        legend = alt.Legend(symbolOpacity=1, symbolStrokeWidth=3)
+        colour = alt.Color("arm:N", sort=None, scale=alt.Scale(range=_COLOURS), title=None, legend=legend)
+        x = alt.X("round:Q", title="rounds", axis=alt.Axis(tickCount=4))
+        y = alt.Y("y:Q", title=label, scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%"))
+        for setting in settings:
+            mine = alt.Chart(rows.filter(setting=setting), width=300, height=220, title=f"{world}/{setting}")
+            each = mine.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, color=colour, detail="seed:N")
+            mean = mine.mark_line(strokeWidth=2.5).encode(x=x, y=y.aggregate("mean"), color=colour)
+            panels.append(each + mean)
+    return alt.hconcat(*panels)
 
 
 def heat(name: str, metrics: Sequence[str]) -> Any:

@@ -126,7 +126,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def replace_json(path: Path, value: Any, tmp: Path) -> None:
     """Atomically create or replace a JSON file."""
-    replace_bytes(path, _json_bytes(value), tmp)
+    replace_bytes(path, json_bytes(value), tmp)
 
 
 def replace_bytes(path: Path, data: bytes, tmp: Path) -> None:
@@ -144,7 +144,7 @@ def replace_bytes(path: Path, data: bytes, tmp: Path) -> None:
 
 def create_json(path: Path, value: Any, tmp: Path) -> bool:
     """Atomically create a JSON file; False if one is already there, which is then left alone."""
-    return create_bytes(path, _json_bytes(value), tmp)
+    return create_bytes(path, json_bytes(value), tmp)
 
 
 def create_bytes(path: Path, data: bytes, tmp: Path) -> bool:
@@ -158,7 +158,8 @@ def create_bytes(path: Path, data: bytes, tmp: Path) -> bool:
             scratch.unlink(missing_ok=True)
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON, a key to a line."""
     json.dumps(value, allow_nan=False)  # raises for what is no JSON; Python's own indenting takes twenty times as long
     return to_json(value, indent=1) + b"\n"
 

@@ -20,6 +20,7 @@ from fire_data.shards import read_manifest
 from fire_data.steps.refresh import refresh
 from fire_data.steps.score import score
 from fire_data.steps.weigh import weigh
+from tests.conftest import edit_record
 from tests.hub_server import TOKEN, Caller, Hub, Repo
 
 DATA = ("datasets", "me/data")
@@ -379,7 +380,7 @@ def test_another_run_is_refused_in_both_directions(
     twin = tmp_path / "twin"
     shutil.copytree(run.root, twin)
     manifest = twin / ".fire/manifests/scores/round-000.json"
-    manifest.write_text(manifest.read_text().replace(read_manifest(run.part("scores", 0)).shards[0].sha256, "0" * 64))
+    edit_record(manifest, read_manifest(run.part("scores", 0)).shards[0].sha256, "0" * 64)
     assert "other rows" in caller.fire("push", twin, "me/data")["err"]
 
 
@@ -408,7 +409,7 @@ def test_what_is_not_sealed_or_not_there_is_not_pushed(run: Run, hub: Hub, calle
     assert hub.repos[DATA].tree == {}
     assert caller.fire("push", run.root, "me/data", "--licence", "MIT license!")["code"] == 2
     manifest = damaged / ".fire/manifests/checkpoints/round-001.json"
-    manifest.write_text(manifest.read_text().replace("model.safetensors", "pytorch_model.bin"))
+    edit_record(manifest, "model.safetensors", "pytorch_model.bin")
     pickled = caller.fire("push", damaged, "me/model", "--stage", "checkpoints")
     assert pickled["code"] == 2
     assert "is not safetensors" in pickled["err"]

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fire_data import files
+from fire_data import files, records
 from fire_data.hub.client import Repository, free_space
 from fire_data.hub.layout import (
     CONFIG,
@@ -133,7 +133,8 @@ def take(
             for path, receipt in files_of(manifest).items():
                 done += [receipt.bytes] if _take(hub, path, commit, part, receipt) else []
                 report.advance(receipt.bytes)
-            files.create_json(part.manifest_path, shared_manifest(manifest, run.root).model_dump(mode="json"), part.tmp)
+            mine = records.to_bytes(shared_manifest(manifest, run.root))
+            files.create_bytes(part.manifest_path, mine, part.tmp)
         files.remove(_scratch(run.root))
     return {
         "repository": hub.where,

@@ -19,8 +19,8 @@ from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
 from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
-from fire_data.session import Follows, Session, verify_checkpoint
-from fire_data.shards import Part, is_sealed, read_manifest, sealed, versions
+from fire_data.session import Follows, Session
+from fire_data.shards import Part, is_sealed, read_manifest, sealed, verify_checkpoint, versions
 from fire_data.stages import Stage, finished, open_stage, seal
 from fire_data.steps.track import following
 from fire_data.steps.weigh import addon_tables, configured, weights_fields

@@ -173,7 +173,7 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
     with files.storage_errors(final):
         scratch = files.temporary(part.tmp, f"{shard.name}.parquet")
         try:
-            write_parquet(scratch, table, fingerprint)
+            write_parquet(scratch, table, fingerprint, shard.name)
             files.fsync_file(scratch)
             seconds = time.monotonic() - started
             receipt = _receipt(scratch, part.table, shard.name, table, fingerprint, seconds)
@@ -227,9 +227,14 @@ def _fingerprint(part: Part, *_file: int) -> str | None:
     return manifest.fingerprint if manifest else None
 
 
-def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
-    """Write a table as all shards are written, with the fingerprint in the footer."""
-    metadata = {**(table.schema.metadata or {}), b"fire.fingerprint": fingerprint.encode()}
+def write_parquet(path: Path, table: pa.Table, fingerprint: str, shard: str = "") -> None:
+    """Write a table as all shards are written, with the fingerprint in the footer, and which shard of a stage it is:
+    one that lost its receipt must not be taken for another."""
+    metadata = {
+        **(table.schema.metadata or {}),
+        b"fire.fingerprint": fingerprint.encode(),
+        b"fire.shard": shard.encode(),
+    }
     rows = max(1, min(table.num_rows, table.num_rows * _ROW_GROUP_BYTES // max(1, table.nbytes)))
     settings = parquet_settings(table.schema)
     pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=rows, **settings)
@@ -323,7 +328,7 @@ def _parsed(data: bytes, table: str) -> pa.Table | None:
 def _writes_the_same(part: Part, path: Path, table: pa.Table, fingerprint: str) -> bool:
     scratch = files.temporary(part.tmp, path.name)
     try:
-        write_parquet(scratch, table, fingerprint)
+        write_parquet(scratch, table, fingerprint, path.stem)
         return files.sha256_file(scratch) == files.sha256_file(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -403,10 +408,9 @@ def _with_columns(part: Part, receipt: Receipt) -> Receipt | None:
 
 def _verified(part: Part, receipt: Receipt) -> bytes:
     """The bytes of a shard, compared with its receipt."""
-    try:
-        data = part.file(receipt.shard).read_bytes()
-    except OSError:
-        data = b""
+    path, data = part.file(receipt.shard), b""
+    with files.storage_errors(path), contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != receipt.sha256:
         verify_shard(part, receipt)
         raise DamagedError(

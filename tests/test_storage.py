@@ -272,6 +272,7 @@ def test_a_receipt_counts_what_was_written(part: Part) -> None:
     assert "pyarrow" in receipt.versions
     metadata = pq.read_metadata(part.file("00000")).metadata
     assert metadata[b"fire.fingerprint"] == FINGERPRINT.encode()
+    assert metadata[b"fire.shard"] == b"00000"
     assert metadata[b"fire.table"] == b"rollouts"
     assert metadata[b"fire.format"] == b"1"
 
@@ -285,6 +286,20 @@ def test_a_whole_file_without_receipt_is_adopted(part: Part) -> None:
     assert (adopted.sha256, adopted.rows, adopted.tokens) == (receipt.sha256, receipt.rows, receipt.tokens)
     assert part.file("00000").stat().st_ino == before
     assert read_receipt(part, "00000") == adopted
+
+
+def test_a_shard_that_lost_its_receipt_is_not_taken_for_another(tmp_path: Path) -> None:
+    """Both are whole and of this very stage: only their footers say which is which."""
+    work = stage(tmp_path / "run", 8)
+    run_stage(work, make)
+    first, second = shard_files(work.part)
+    whole = first.read_bytes(), second.read_bytes()
+    first.write_bytes(whole[1])
+    second.write_bytes(whole[0])
+    for path in work.part.receipts.iterdir():
+        path.unlink()
+    run_stage(work, make)
+    assert (first.read_bytes(), second.read_bytes()) == whole
 
 
 @pytest.mark.parametrize("state", ["foreign", "truncated", "empty", "text", "another table"])

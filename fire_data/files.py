@@ -47,8 +47,8 @@ def storage_errors(where: Path | str) -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as f:
+    """Hex sha256 of a file's bytes. Raises StorageError."""
+    with storage_errors(path), path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -91,7 +91,9 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of processes of this host that no longer run."""
     if not folder.is_dir():
         return
-    for path in folder.iterdir():
+    with storage_errors(folder):
+        found = list(folder.iterdir())
+    for path in found:
         host, _, rest = path.name.partition(".")
         pid = rest.partition(".")[0]
         if host == _HOST and pid.isdecimal() and not _alive(int(pid)):
@@ -109,11 +111,13 @@ def _alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder if it is there."""
+    """Delete a file or folder if it is there. What cannot be deleted stays: this is for leftovers, whose failure must
+    not take the place of the one that is being told."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -271,8 +271,10 @@ def _require_same(
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / META
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        with storage_errors(path):
+            data = path.read_bytes() if path.is_file() else b""
+        record = json.loads(data)
+    except ValueError as error:
         raise DamagedError(f"{META} cannot be read: {error}", where=str(path), fix=_REDO) from None
     if not isinstance(record, dict) or record.pop("sha256", None) != digest(record):
         raise DamagedError(f"{META} is not the file that was written", where=str(path), fix=_REDO)

@@ -4,6 +4,7 @@
  * Kinds of calls: 1 changes the disk, 2 reads it, 4 makes it durable. Only kinds in the mask are counted.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -194,6 +195,12 @@ int unlinkat(int folder, const char *path, int flags) {
 int rmdir(const char *path) {
   REAL(int, "rmdir", const char *);
   if (ours(AT_FDCWD, path) && (number != ENOSPC || !dead) && fails(CHANGES)) return -1;
+  return real(path);
+}
+
+DIR *opendir(const char *path) {
+  REAL(DIR *, "opendir", const char *);
+  if (ours(AT_FDCWD, path) && fails(READS)) return NULL;
   return real(path);
 }
 

@@ -242,7 +242,7 @@ class RunDirectory(RuleBasedStateMachine):
 
     # Sharing
 
-    @precondition(lambda self: self.caller is not None)
+    @precondition(lambda self: self.caller is not None and (self.root / "rollouts").exists())
     @rule()
     def push(self) -> None:
         assert self.caller is not None

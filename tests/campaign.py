@@ -110,7 +110,7 @@ class Campaign:
                 stage, calls = self.rng.choice(STAGES), self.rng.choice([0, 80]) if self.library else 0
                 with self.trial(f"killed {stage}"):
                     landed = kills.kill_until_finished(
-                        self.stages[stage], victim, stage, 3, longest[stage], self.rng, calls
+                        self.stages[stage], victim, stage, 8, longest[stage], self.rng, calls
                     )
                     if not calls:
                         longest[stage] *= 1.1 if landed else 0.8
@@ -147,13 +147,16 @@ class Campaign:
         from tests.faults.world import STAGES, following
 
         while self.library and self.left("faults", wanted):
-            stage, fault = self.rng.choice(STAGES), self.rng.choice(list(disk.FAULTS))
-            points = sorted(self.rng.sample(range(300), min(40, wanted - self.record["faults"])))
-            start, after = self.stages[stage], self.stages[following(stage)]
-            found = disk.run(self.library, start, after, stage, fault, points, self.folder)
-            self.record.add("faults", found["faults"], **found["outcomes"])
-            for text in found["wrong"]:
-                self.record.went_wrong("tracebacks" if "Traceback" in text else "other bytes", text)
+            jobs = []
+            for _ in range(8):
+                stage, fault = self.rng.choice(STAGES), self.rng.choice(list(disk.FAULTS))
+                start, after = self.stages[stage], self.stages[following(stage)]
+                points = tuple(sorted(self.rng.sample(range(300), 6)))
+                jobs.append(disk.Job(str(start), str(after), stage, fault, points))
+            for job, found in zip(jobs, disk.run(self.library, jobs, self.folder), strict=True):
+                self.record.add("faults", found.faults, **{job.fault: found.faults})
+                for text in found.wrong:
+                    self.record.went_wrong("tracebacks" if "Traceback" in text else "other bytes", text)
 
     def damage(self, wanted: int) -> None:
         from tests.faults import trials
@@ -218,9 +221,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="of this slice")
     parser.add_argument("--counts", type=Path, default=COUNTS, help="the file that the counts are added to")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing")
+    parser.add_argument("--add", action="append", default=[], metavar="KIND=N", help="count what was done elsewhere")
     given = parser.parse_args(arguments)
     record = Record(given.counts)
-    if not given.table:
+    for text in given.add:
+        kind, _, count = text.partition("=")
+        if kind not in WORDS or not count.isdecimal():
+            parser.error(f"--add takes one of {', '.join(WORDS)} and a number, not {text!r}")
+        record.add(kind, int(count))
+        record.save()
+    if not (given.table or given.add):
         _slice(given, record, sys.argv[1:] if arguments is None else arguments)
     print(table(record), end="")
     return 1 if record.value["wrong"] else 0

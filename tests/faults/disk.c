@@ -19,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ONCE, FROM_THEN_ON, SHORT, KILL, SLOW };
+enum { ONCE, FROM_THEN_ON, SHORT, KILL, SLOW, CLOCK };
 enum { CHANGES = 1, READS = 2, SYNCS = 4 };
 #define FILES 65536
 
@@ -41,9 +41,9 @@ void disk_arm(const char *folder, long at, int error, int what, int kinds) {
 long disk_disarm(void) {
   below_length = 0;
   dead = 0;
+  jump = 0;
   return counted;
 }
-void disk_jump(int seconds) { jump = seconds; }
 
 static int ours(int folder, const char *path) {
   if (!below_length || !path) return 0;
@@ -64,6 +64,10 @@ static int fails(int kind) {
   if (dead) { errno = number; return 1; }
   if (atomic_fetch_sub(&left, 1) != 0) return 0;
   if (mode == KILL) kill(getpid(), SIGKILL);
+  if (mode == CLOCK) {
+    jump = number;
+    return 0;
+  }
   if (mode == SHORT) return 0;
   if (mode == FROM_THEN_ON) dead = 1;
   errno = number;

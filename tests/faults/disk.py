@@ -14,18 +14,21 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 CHANGES, READS, SYNCS = 1, 2, 4
-ONCE, FROM_THEN_ON, SHORT, KILL, SLOW = range(5)
+ONCE, FROM_THEN_ON, SHORT, KILL, SLOW, CLOCK = range(6)
+_YEAR = 365 * 86400
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong: which kinds of calls are counted, and what the n-th of them does."""
+    """What goes wrong: which kinds of calls are counted, and what the n-th of them does.
+
+    `error` is the number of an error, or the seconds by which a clock is set otherwise.
+    """
 
     mode: int = ONCE
     error: int = 0
@@ -41,6 +44,8 @@ FAULTS = {
     "dead from then on": Fault(FROM_THEN_ON, errno.EIO),
     "short writes": Fault(SHORT, 0, CHANGES),
     "slow fsync": Fault(SLOW, 0, SYNCS),
+    "a clock set back": Fault(CLOCK, -10 * _YEAR),
+    "a clock set ahead": Fault(CLOCK, 10 * _YEAR),
 }
 
 
@@ -71,33 +76,24 @@ class Disk:
         """Everything works again. Returns how many calls were counted."""
         return int(self._library.disk_disarm())
 
-    def jump(self, seconds: int) -> None:
-        """The time of day is another one."""
-        self._library.disk_jump(seconds)
 
+@dataclass(frozen=True)
+class Job:
+    """A stage of the run in the folder `start` that is made with a fault at each of `points` in turn, until one is not
+    reached; `after` is the run as it is behind the stage if nothing fails."""
 
-def run(
-    library: Path, start: Path, after: Path, stage: str, fault: str, points: Iterable[int], scratch: Path
-) -> dict[str, Any]:
-    """Make `stage` of the run `start` with `fault` at each of these calls in turn, until one is not reached.
-
-    Returns how many faults occurred, what the stage did ("made", or the kind of error), and what went wrong: "torn"
-    (something visible is none of the files of `after`), "other" (the same command then gave other files), "traceback".
-    """
-    script = "from tests.faults.disk import main; main()"
-    asked = {"start": str(start), "after": str(after), "stage": stage, "fault": fault, "points": list(points)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(asked | {"scratch": str(scratch)}), text=True,
-        capture_output=True, env={**os.environ, "LD_PRELOAD": str(library), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    start: str
+    after: str
+    stage: str
+    fault: str
+    points: tuple[int, ...]
 
 
 @dataclass
 class Found:
-    """What `run` returns."""
+    """What came of a job: faults that occurred, calls counted, what the stage did ("made", or the kind of error), and
+    what went wrong: something visible was torn, the same command then gave other files, or an error was none of ours.
+    """
 
     faults: int
     calls: int
@@ -105,37 +101,51 @@ class Found:
     wrong: list[str]
 
 
+def run(library: Path, jobs: Sequence[Job], scratch: Path) -> list[Found]:
+    """Do all jobs in a process whose disk fails."""
+    script = "from tests.faults.disk import main; main()"
+    asked = {"jobs": [asdict(job) for job in jobs], "scratch": str(scratch)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps(asked), text=True, capture_output=True,
+        env={**os.environ, "LD_PRELOAD": str(library), "HF_HUB_OFFLINE": "1"}, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [Found(**found) for found in json.loads(done.stdout.splitlines()[-1])]
+
+
 def main() -> None:
     """The process in which the disk fails."""
     import torch
 
-    from tests.faults.world import visible
-
     torch.set_num_threads(1)
     asked = json.load(sys.stdin)
-    expected = visible(Path(asked["after"]))
-    found, outcomes = Found(0, 0, {}, []), Counter[str]()
-    for point in asked["points"]:
-        outcome, calls = _once(asked, point, expected, found.wrong)
+    print(json.dumps([asdict(_done(Job(**job), Path(asked["scratch"]))) for job in asked["jobs"]]))
+
+
+def _done(job: Job, scratch: Path) -> Found:
+    from tests.faults.world import visible
+
+    expected, found, outcomes = visible(Path(job.after)), Found(0, 0, {}, []), Counter[str]()
+    for point in job.points:
+        outcome, calls = _once(job, scratch / "run-on-a-failing-disk", point, expected, found.wrong)
         found.calls = max(found.calls, calls)
         if calls <= point:
             break
         found.faults += 1
         outcomes[outcome] += 1
     found.outcomes = dict(outcomes)
-    print(json.dumps(asdict(found)))
+    return found
 
 
-def _once(asked: dict[str, Any], point: int, expected: dict[str, bytes], wrong: list[str]) -> tuple[str, int]:
+def _once(job: Job, root: Path, point: int, expected: dict[str, bytes], wrong: list[str]) -> tuple[str, int]:
     from fire_data.schemas.errors import FireError
     from tests.faults.world import copy, do, visible
 
-    root, stage, fault, disk = Path(asked["scratch"]) / "run", asked["stage"], FAULTS[asked["fault"]], Disk()
-    copy(Path(asked["start"]), root)
-    where, outcome = f"{stage}, {asked['fault']} at call {point}", "made"
-    disk.arm(root, point, fault)
+    disk, where, outcome = Disk(), f"{job.stage}, {job.fault} at call {point}", "made"
+    copy(Path(job.start), root)
+    disk.arm(root, point, FAULTS[job.fault])
     try:
-        do(stage, root)
+        do(job.stage, root)
     except FireError as error:
         outcome = type(error).__name__
     except Exception:  # noqa: BLE001 - whatever it is, it is what this looks for
@@ -146,7 +156,7 @@ def _once(asked: dict[str, Any], point: int, expected: dict[str, bytes], wrong: 
     torn = [path for path, data in visible(root).items() if expected.get(path) != data]
     wrong += [f"{where}: torn {path}" for path in torn]
     try:
-        do(stage, root)
+        do(job.stage, root)
     except Exception:  # noqa: BLE001 - the same command must continue
         wrong.append(f"{where}: the same command: {traceback.format_exc()}")
     if visible(root) != expected:

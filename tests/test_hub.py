@@ -20,7 +20,7 @@ from fire_data.shards import read_manifest
 from fire_data.steps.refresh import refresh
 from fire_data.steps.score import score
 from fire_data.steps.weigh import weigh
-from tests.conftest import edit_record
+from tests.conftest import edit_record, flip
 from tests.hub_server import TOKEN, Caller, Hub, Repo
 
 DATA = ("datasets", "me/data")
@@ -125,8 +125,17 @@ def test_a_damaged_file_of_a_pulled_run_is_mended_by_pulling_again(
     shard = tmp_path / "pulled/scores/round-000/00001.parquet"
     shard.unlink()
     shard.write_bytes(b"x")
+    records = [
+        tmp_path / "pulled/.fire" / name
+        for name in ("manifests/rollouts/round-000.json", "receipts/scores/round-000/00000.json")
+    ]
+    before = [path.read_bytes() for path in records]
+    for path in records:
+        flip(path, 30)
     done(caller.fire("pull", "me/data", tmp_path / "pulled"))
     assert shard.read_bytes() == (run.root / "scores/round-000/00001.parquet").read_bytes()
+    assert [path.read_bytes() for path in records] == before
+    assert check(open_run(tmp_path / "pulled")) == []
 
 
 def test_a_repository_is_private_unless_told_otherwise(run: Run, hub: Hub, caller: Caller) -> None:

@@ -4,7 +4,8 @@
 
 Runs in slices: every slice adds its counts to a JSON file, so the numbers asked for are totals, and the same command
 goes on until they are reached. It ends with the table of that page (`--table` prints it alone). What goes wrong is
-kept in the file word for word; anything there is a broken promise, and the exit code is 1.
+kept in the file word for word; anything there is a broken promise, and the exit code is 1. With the usual file of counts
+the table of the page is written anew.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = Path(__file__).with_name("campaign.json")
+PAGE = Path(__file__).parents[1] / "docs" / "promises.md"
 WRONG = ("lost", "duplicated", "silent", "tracebacks", "other bytes")
 KINDS = ("kills", "flips", "faults", "damage", "steps")
 WORDS = {
@@ -233,6 +235,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not (given.table or given.add):
         _slice(given, record, sys.argv[1:] if arguments is None else arguments)
     print(table(record), end="")
+    if given.counts == COUNTS:
+        begin, end = "<!-- figures -->\n", "<!-- end of figures -->"
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+        PAGE.write_text(f"{before}{begin}\n{table(record)}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
     return 1 if record.value["wrong"] else 0
 
 

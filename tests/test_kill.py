@@ -14,7 +14,7 @@ from fire_data.run import Run
 from tests.faults import disk, kills
 from tests.faults.world import STAGES, copy, following, stages_before, visible
 
-KILLS = 16  # of each stage; half as many again at calls to the disk
+KILLS = 12  # of each stage; as many again, in all, at calls to the disk
 
 
 @pytest.fixture(scope="module")

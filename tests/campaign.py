@@ -3,9 +3,9 @@
     python -m tests.campaign --kills 1000 --flips 10000 --steps 10000 --faults 500 --damage 200 --seed 0 --minutes 30
 
 Runs in slices: every slice adds its counts to a JSON file, so the numbers asked for are totals, and the same command
-goes on until they are reached. It ends with the table of that page (`--table` prints it alone). What goes wrong is
-kept in the file word for word; anything there is a broken promise, and the exit code is 1. With the usual file of counts
-the table of the page is written anew.
+goes on until they are reached. It ends with the table of that page (`--table` prints it alone), and writes it there if
+the counts are those of the usual file. What goes wrong is kept in the file word for word; anything there is a broken
+promise, and the exit code is 1. Other campaigns add what they counted: `--add inputs=1000`.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ _HINTS = {
     "PermissionError": ("no permission", "check the owner of the run folder"),
 }
 
+_DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)  # of models and other files that are not the run's
+
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """A command that ends in an exit code and a message, never in a traceback (FIRE_DEBUG=1 shows it)."""
@@ -82,6 +84,8 @@ def _explain(error: Exception) -> None:
     what, fix = _HINTS.get(type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it"))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         what, fix = "the disk is full", "free some space where the output goes, then the same command"
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        what, fix = "the file system failed", "look at the disk or the mount, then the same command continues"
     say(f"error: {what}: {type(error).__name__}: {first_line(error)}\n  fix:   {fix}")
 
 

@@ -20,11 +20,11 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a line torn by a kill is left out."""
-    if not path.exists():
-        return []
+    """All whole lines; a line torn by a kill is left out. Raises StorageError."""
+    with files.storage_errors(path):
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             value = json.loads(line)
         except ValueError:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fire_data.schemas.config import ModelConfig
 from fire_data.schemas.errors import ConfigError, DataError, EngineError
+from fire_data.schemas.manifest import digest
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +195,7 @@ def model_fingerprint(cfg: ModelConfig, base: Path, cache: Path | None = None) -
         _write_json(cache, known | hashes)
     total = hashlib.sha256()
     for file in sorted(files):
-        total.update(f"{file.name} {hashes[str(file.resolve())][-1]}\n".encode())
+        total.update(f"{file.name} {hashes[str(file.resolve())][-2]}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
@@ -365,17 +366,22 @@ def _require_weights(folder: Path) -> None:
 
 
 def _cached_hash(file: Path, known: dict[str, Any]) -> list[Any]:
-    """[size, mtime, ctime, inode, sha256 hex]; read from `known` if the file has not changed since."""
+    """[size, mtime, ctime, inode, sha256 hex, checksum]; read from `known` if the file has not changed since.
+
+    The checksum is that of the others: a changed byte of the cache must not make another model of this one.
+    """
     stat = file.stat()
     identity = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     entry = known.get(str(file.resolve()))
-    if isinstance(entry, list) and entry[:-1] == identity and isinstance(entry[-1], str):
-        return entry
+    known_by = isinstance(entry, list) and entry[:-2] == identity and isinstance(entry[-2], str)
+    if entry and known_by and entry[-1] == digest(entry[:-1]):
+        return list(entry)
     state = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             state.update(block)
-    return [*identity, state.hexdigest()]
+    found = [*identity, state.hexdigest()]
+    return [*found, digest(found)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fire_data import files
 from fire_data.schedule import hash_text
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import digest
@@ -38,9 +39,10 @@ def read_prompts(path: str, base: Path, *, need_answer: bool = False, setting: s
     path = path if path.startswith(_HUB) else str(file)
     given = _parquet_rows(file, path) if file.suffix == ".parquet" else _jsonl_rows(file, path)
     rows, places = [], []
-    for values, where in given:
-        rows.append(_row(values, where, need_answer))
-        places.append(where)
+    with files.storage_errors(path):
+        for values, where in given:
+            rows.append(_row(values, where, need_answer))
+            places.append(where)
     if not rows:
         raise DataError("there is no prompt in the file", where=path, fix='one JSON object a line: {"messages": [...]}')
     _name(rows, places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.server
 import json
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from fire_data.prompts import as_messages, prompts_digest, read_prompts
 from fire_data.schedule import round_slots, trajectory_id
-from fire_data.schemas.errors import ConfigError, DataError, FireError
+from fire_data.schemas.errors import ConfigError, DataError, FireError, StorageError
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -321,3 +322,14 @@ def test_a_trajectory_has_one_name_in_all_runs_with_its_seed() -> None:
     assert all(len(n) == 32 and set(n) <= set("0123456789abcdef") for n in names)
     # Written down: a change of this name would unpair every run made before.
     assert trajectory_id(0, 0, "p", 0) == "c7f49e936d72b281c849f1408b4b606d"
+
+
+def test_a_disk_that_fails_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+
+    def fails(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(StorageError, match="the file system failed"):
+        read_prompts("p.jsonl", tmp_path)

@@ -58,9 +58,9 @@ def files_of(manifest: Manifest) -> dict[str, Receipt]:
     return {part.file(receipt.shard).as_posix(): receipt for receipt in manifest.shards}
 
 
-def local_stages(run: Run) -> Stages:
-    """The manifests of a run, open or sealed."""
-    found = [m for part in parts(run) if (m := read_manifest(part)) is not None]
+def local_stages(run: Run, among: Iterable[Part] | None = None) -> Stages:
+    """The manifests of a run, or of some parts of it, open or sealed."""
+    found = [m for part in (parts(run) if among is None else among) if (m := read_manifest(part)) is not None]
     return {key_of(m): m for m in found}
 
 

@@ -19,8 +19,8 @@ from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
 from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
-from fire_data.session import Follows, Session, verify_checkpoint
-from fire_data.shards import Part, is_sealed, read_manifest, sealed, versions
+from fire_data.session import Follows, Session
+from fire_data.shards import Part, is_sealed, read_manifest, sealed, verify_checkpoint, versions
 from fire_data.stages import Stage, finished, open_stage, seal
 from fire_data.steps.track import following
 from fire_data.steps.weigh import addon_tables, configured, weights_fields
@@ -361,15 +361,21 @@ def _stop_line(round: int, done: int, stopped: dict[str, Any], cfg: TrainConfig)
     )
 
 
+_TOLD = {"seconds", "tokens_per_second", "loss", "grad_norm", "drift_kl"}
+
+
 def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     """First and last loss, and what was skipped, for the manifest."""
-    done = [r for r in records if not r["skipped"]]
+    # The log is for people, and nothing protects it: a line that was changed is as good as none.
+    records = [r for r in records if "skipped" in r]
+    done = [r for r in records if not r["skipped"] and r.keys() >= _TOLD]
+    skipped = {"skipped_steps": sum(bool(r["skipped"]) for r in records)}
     if not done:
-        return {"skipped_steps": len(records)}
+        return skipped
     seconds = [r["seconds"] for r in done]
     executed = sum(r["tokens_per_second"] * s for r, s in zip(done, seconds, strict=True))
     return {
-        "skipped_steps": len(records) - len(done),
+        **skipped,
         "ratio_check": records[0].get("ratio_check"),
         "loss_first": done[0]["loss"],
         "loss_last": done[-1]["loss"],
@@ -385,11 +391,12 @@ def _receipts(part: Part, fingerprint: str) -> list[Receipt]:
     """One receipt per file of the checkpoint."""
     if not part.folder.is_dir():
         raise DamagedError("the checkpoint vanished", where=str(part.folder), fix=part.command)
-    found = sorted((p.relative_to(part.folder).as_posix(), p) for p in part.folder.rglob("*") if p.is_file())
-    return [
-        Receipt(
-            shard=name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
-            fingerprint=fingerprint, versions=versions(),
-        )
-        for name, p in found
-    ]  # fmt: skip
+    with files.storage_errors(part.folder):
+        found = sorted((p.relative_to(part.folder).as_posix(), p) for p in part.folder.rglob("*") if p.is_file())
+        return [
+            Receipt(
+                shard=name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
+                fingerprint=fingerprint, versions=versions(),
+            )
+            for name, p in found
+        ]  # fmt: skip

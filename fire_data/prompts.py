@@ -107,11 +107,11 @@ def _no_number(text: str) -> None:
 
 def _parquet_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
     try:
-        table = pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.read_table(file, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # names that are no UTF-8, dates before 1
         fix = "copy the file again, or name a .jsonl file"
         raise DataError(f"not a readable Parquet file: {error}", where=path, fix=fix) from None
-    for number, row in enumerate(table.to_pylist()):
+    for number, row in enumerate(rows):
         # NaN is how data frames write a missing value, and the one value that differs from itself.
         yield {k: v for k, v in row.items() if v is not None and v == v}, f"{path}, row {number}"
 

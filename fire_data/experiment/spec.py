@@ -30,6 +30,7 @@ METRICS: dict[str, str] = {
     "area": "area under the curve of accuracy at temperature 1",
     "retain": "greedy accuracy on what the student knew before",
 }
+_MOST_SEEDS = 10_000
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,59}$"
 _TOY: Json = {
     "threads": 1,
@@ -100,7 +101,11 @@ class Spec(_Part):
     @field_validator("seeds", mode="before")
     @classmethod
     def _counted(cls, value: Any) -> Any:
-        return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value > _MOST_SEEDS:
+            raise ValueError(f"{value} seeds are more than {_MOST_SEEDS}")
+        return list(range(value))
 
     @field_validator("arms", mode="before")
     @classmethod

@@ -75,15 +75,17 @@ def _download(path: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from fire_data.hub.client import line_of
+
     owner, _, rest = path.removeprefix(_HUB).partition("/")
     name, _, inside = rest.partition("/")
     name, _, revision = name.partition("@")
-    if not (owner and name and inside):
+    if not (owner and name and inside) or {"", ".", ".."} & {*inside.split("/")}:
         raise ConfigError("a Hub path names a file", where=path, fix="hf://datasets/user/name/file.jsonl")
     try:
         return Path(hf_hub_download(f"{owner}/{name}", inside, repo_type="dataset", revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        text = f"the Hub did not give the prompts: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        text = f"the Hub did not give the prompts: {line_of(error)}"
         raise DataError(text, where=path, fix="check the name, the network and `hf auth login`") from None
 
 

@@ -51,7 +51,9 @@ def main() -> int:
     if given.state is not None:
         _work(given.target, given.inputs, given.seed, given.state, given.out)
         return 0
-    rows = [_campaign(n, given.inputs, given.seed, given.out) for n in (NAMES if given.target == "all" else [given.target])]
+    rows = [
+        _campaign(n, given.inputs, given.seed, given.out) for n in (NAMES if given.target == "all" else [given.target])
+    ]
     return int(any(row["findings"] for row in rows))
 
 
@@ -191,7 +193,9 @@ def _guided(feed: Any, target: Any, inputs: int, seed: int, seeds: list[bytes]) 
     import atheris
     from hypothesis import HealthCheck, given, settings
 
-    chosen = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))(given(target.strategy())(feed))
+    chosen = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))(
+        given(target.strategy())(feed)
+    )
 
     def one(data: bytes) -> None:
         if data[:1] < b"\x80":
@@ -205,7 +209,14 @@ def _guided(feed: Any, target: Any, inputs: int, seed: int, seeds: list[bytes]) 
     for i in range(50):
         (corpus / f"choices-{i}").write_bytes(b"\x80" + hashlib.shake_256(f"{seed} {i}".encode()).digest(2000))
     # Choices that a strategy cannot use are no inputs, so there are runs to spare; the parent reads off the count.
-    flags = ["-timeout=0", "-rss_limit_mb=0", "-max_len=65536", "-len_control=0", f"-runs={inputs}", f"-seed={seed + 1}"]
+    flags = [
+        "-timeout=0",
+        "-rss_limit_mb=0",
+        "-max_len=65536",
+        "-len_control=0",
+        f"-runs={inputs}",
+        f"-seed={seed + 1}",
+    ]
     atheris.Setup([sys.argv[0], *flags, "-verbosity=0", str(corpus)], one)
     atheris.Fuzz()
 

@@ -34,7 +34,11 @@ def finding(target: Target, data: bytes) -> tuple[str, str] | None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - a panic of Polars is no Exception
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if "/fire_data/" in f.filename or "/tests/" in f.filename]
+        ours = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if "/fire_data/" in f.filename or "/tests/" in f.filename
+        ]
         at = f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "?"
         return f"{type(error).__name__} at {at}", "".join(traceback.format_exception(error))
     return None

@@ -1,4 +1,4 @@
-"""Targets that stand on disk or come from the Hub: manifests and receipts, an index of a repository, shared settings."""
+"""Targets that stand on disk or come from the Hub: manifests, receipts, the index of a repository, shared settings."""
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ from tests.fuzz.values import as_json, bent, sources, torn
 
 def manifest(stage: str, name: str | None = None, *, round: int = 0, **more: Any) -> dict[str, Any]:
     """A sealed manifest of one shard, as JSON."""
-    fields: dict[str, Any] = {"format": 1, "scores": "x", "rule": {"name": "fire"}, "weights": "fire", "train": {"lr": 1.0}}
+    fields: dict[str, Any] = {
+        "format": 1,
+        "scores": "x",
+        "rule": {"name": "fire"},
+        "weights": "fire",
+        "train": {"lr": 1.0},
+    }
     fields |= {"student": {"weights": "hub:a/b@c", "dtype": "float32"}, "rollouts": "d"}
     receipt = Receipt(shard="00000", sha256="a" * 64, bytes=10, rows=1, tokens=1, fingerprint=digest(fields))
     made = Manifest(
         stage=stage, name=name, round=round, state="sealed", fingerprint=digest(fields), fields=fields,
         plan=(Shard(name="00000", start=0, stop=1),), shards=(receipt,),
         stats={"routes": [[None, 1]], "kept_fraction": 0.5, "steps": [{"step": 0}], "student_entropy": 1.0},
-        recorded={"student": "a/b", "teachers": {"teacher": "./t"}, "entropy_kind": {"student": "exact"}, "prompts": "p"},
+        recorded={"student": "a/b", "teachers": {"teacher": "./t"}, "entropy_kind": {"student": "exact"}},
     )  # fmt: skip
     return made.model_copy(update=more).model_dump(mode="json")
 
@@ -58,7 +64,12 @@ def _run() -> Run:
 def _look(data: bytes) -> None:
     """What commands do with a manifest, an open or a sealed one, or with a receipt, when it is other bytes."""
     run = _run()
-    places = [run.part("rollouts", 0), run.part("scores", 0), run.part("weights", 0, "fire"), run.part("evals", "start")]
+    places = [
+        run.part("rollouts", 0),
+        run.part("scores", 0),
+        run.part("weights", 0, "fire"),
+        run.part("evals", "start"),
+    ]
     for part in places:
         files.remove(part.manifest_path)
         files.remove(part.receipt_path("00000"))
@@ -92,7 +103,7 @@ _INDEX = {"format": 1, "stages": _STAGES}
 
 
 def _index(data: bytes) -> None:
-    """An index from the Hub. What is accepted leads to no file outside of the run, and into a card that is only text."""
+    """An index from the Hub. What is accepted leads to no file outside of the run, and into a card that is but text."""
     stages = read_index(data, "here")
     root = scratch() / "pulled"
     for found in stages.values():
@@ -118,7 +129,8 @@ _SHARED = [{"student": {"model": "a/b"}, name: values} for name, values in _WHOL
 _EVIL = {
     "student": {"model": "a/b", "trust_remote_code": True, "url": "http://evil", "api_key_env": "HF_TOKEN"},
     "vllm": {"python": "/tmp/evil", "args": {"trust_remote_code": True}}, "verify": {"kind": "/tmp/evil.py:f"},
-    "weigh": {"rule": "/tmp/evil.py:Rule"}, "prompts": {"path": "/etc/passwd"}, "eval": {"prompts": {"x": "/etc/passwd"}},
+    "weigh": {"rule": "/tmp/evil.py:Rule"}, "prompts": {"path": "/etc/passwd"},
+    "eval": {"prompts": {"x": "/etc/passwd"}},
 }  # fmt: skip
 
 
@@ -144,7 +156,9 @@ def _is_harmless(name: str) -> bool:
     if name.startswith("hf://"):
         return True
     inner = name.removeprefix("./")
-    return ".." not in inner.split("/") and not inner.startswith(("/", "~")) and "\\" not in inner and inner.count("/") < 2
+    return (
+        ".." not in inner.split("/") and not inner.startswith(("/", "~")) and "\\" not in inner and inner.count("/") < 2
+    )
 
 
 def _names(data: bytes) -> None:
@@ -173,6 +187,8 @@ RECORDS: dict[str, Target] = {
     "hub-names": Target(
         _names,
         lambda: [b"a/b\nhf://datasets/a/b@main\n../x\nC:\\x"],
-        lambda: st.text(max_size=40).map(lambda t: t.encode("utf-8", "replace")) | torn(b"hf://datasets/user/name@main"),
+        lambda: (
+            st.text(max_size=40).map(lambda t: t.encode("utf-8", "replace")) | torn(b"hf://datasets/user/name@main")
+        ),
     ),
 }

@@ -1,12 +1,13 @@
-"""Targets that a server sends: answers to requests for scores and samples, its list of models, and what it refuses with."""
+"""Targets that a server sends: answers to requests for scores and samples, its list of models, its refusals."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from fire_data.http_client import Answer, HttpClient
@@ -22,7 +23,10 @@ IDS = [4, 5, 6]
 ANSWER: dict[str, Any] = {
     "choices": [
         {
-            "prompt_logprobs": [None, *[{str(i): {"logprob": -1.0, "rank": 1}, "3": {"logprob": -2.0}} for i in (5, 6)]],
+            "prompt_logprobs": [
+                None,
+                *[{str(i): {"logprob": -1.0, "rank": 1}, "3": {"logprob": -2.0}} for i in (5, 6)],
+            ],
             "token_ids": [5, 6],
             "prompt_token_ids": [4],
             "logprobs": {
@@ -34,7 +38,9 @@ ANSWER: dict[str, Any] = {
     ]
 }
 _EXACT = {"choices": [{"prompt_logprobs": [None, *[{"5": {"logprob": -1.0, "rank": 1}, "0": {"logprob": 1.5}}] * 2]}]}
-_SAMPLE = {"choices": [{"token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -0.5], "top_logprobs": [{"a": -1.0}]}}]}
+_SAMPLE = {
+    "choices": [{"token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -0.5], "top_logprobs": [{"a": -1.0}]}}]
+}
 _MODELS = {"data": [{"id": "m", "root": "a/m", "max_model_len": 4096}]}
 _ERRORS = [{"error": {"message": "too long"}}, {"detail": [{"loc": ["body"], "msg": "x"}]}, {"message": {"error": "x"}}]
 _DOCUMENTS = [ANSWER, _EXACT, _SAMPLE, _MODELS, *_ERRORS]
@@ -46,13 +52,24 @@ def _client() -> HttpClient:
     return HttpClient("http://127.0.0.1:9/v1", settings=HttpConfig(), api_key="secret-key", who="teacher")
 
 
-def _sampled(answer: Any) -> Any:
-    return read_sample(answer, [4], 2, frozenset({6})), _top(answer)
+def _scored(answer: Any, dialect: Dialect) -> None:
+    scores = read_scores(answer, dialect, IDS, 1)
+    for values in (scores.logprob, scores.entropy, scores.max_logprob):
+        assert values.shape == (2,)
+        assert np.isfinite(values).all()
+    assert (scores.logprob <= scores.max_logprob).all()
+    assert (scores.entropy >= 0).all()
+
+
+def _sampled(answer: Any) -> None:
+    sample = read_sample(answer, [4], 2, frozenset({6}))
+    assert len(sample.ids) == len(sample.logprobs)
+    _top(answer)
 
 
 READERS: list[Callable[[Any], Any]] = [
     *(
-        lambda answer, dialect=dialect: read_scores(answer, dialect, IDS, 1)
+        partial(_scored, dialect=dialect)
         for dialect in (
             Dialect("prompt_logprobs", 2),
             Dialect("prompt_logprobs", 2, exact=True),
@@ -80,7 +97,16 @@ def _answer(data: bytes) -> None:
     retry_after_seconds(data[:40].decode("latin-1"))
 
 
-_EDGES = [b"", b"null", b"[" * 100_000, b"<html><body>Sign in</body></html>", b"\xff\xfe", b"1e999", b'{"a": 1e400}', b'"secret-key"']
+_EDGES = [
+    b"",
+    b"null",
+    b"[" * 100_000,
+    b"<html><body>Sign in</body></html>",
+    b"\xff\xfe",
+    b"1e999",
+    b'{"a": 1e400}',
+    b'"secret-key"',
+]
 
 SERVER: dict[str, Target] = {
     "server": Target(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 
 class Target(NamedTuple):
-    """`run` gives a result or raises a FireError for any bytes. `seeds`: valid inputs, that guided mutation starts from."""
+    """`run` gives a result or raises a FireError for any bytes. `seeds`: valid ones to start from."""
 
     run: Callable[[bytes], object]
     seeds: Callable[[], list[bytes]]

@@ -16,12 +16,12 @@ from fire_data.experiment.spec import load_spec
 from fire_data.hub.redact import shared_config
 from fire_data.prompts import as_messages, prompts_digest, read_prompts
 from fire_data.rules import RULES, make_rule
-from fire_data.schemas.config import Config, load_config, parse_config, render_config
+from fire_data.schemas.config import RULE_PARTS, Config, load_config, parse_config, render_config
 from fire_data.schemas.errors import FireError
 from fire_data.schemas.tables import conform
 from fire_data.verify.program import NoTestsError, code_in, read_tests, trials
 from tests.fuzz.target import Target, same, scratch, written
-from tests.fuzz.values import as_json, bent, junk, sources, tables, torn
+from tests.fuzz.values import as_json, bent, tables, torn
 from tests.ragged import ragged
 
 # --- prompts ----------------------------------------------------------------------------------------------------
@@ -81,11 +81,20 @@ _CONFIGS: list[dict[str, Any]] = [
     *({"student": {"model": "m"}, name: values} for name, values in _WHOLE.items()),
     {
         "seed": 1, "student": {"model": "a/b", "dtype": "bfloat16"}, "teachers": {"math": {"model": "./x"}},
-        "weigh": {"rule": {"keep": "length > 3"}, "params": {"normalise": "step"}}, "eval": {"prompts": {"gsm": "p.jsonl"}},
+        "weigh": {"rule": {"keep": "length > 3"}, "params": {"normalise": "step"}},
+        "eval": {"prompts": {"gsm": "p.jsonl"}},
         "train": {"lora": {"targets": ["q_proj"]}, "betas": [0.9, 0.95]}, "verify": {"kind": "code"},
     },
 ]  # fmt: skip
-_SETS = ["train.lr=1e-5", "weigh.rule=uniform", "rollout.n=[", "a..b=1", "student=null", "student.model.x=1", "seed=.inf"]
+_SETS = [
+    "train.lr=1e-5",
+    "weigh.rule=uniform",
+    "rollout.n=[",
+    "a..b=1",
+    "student=null",
+    "student.model.x=1",
+    "seed=.nan",
+]
 
 
 def _configure(data: bytes) -> None:
@@ -113,22 +122,28 @@ _KEYS = [f"{section}.{key}" for section, values in _WHOLE.items() if isinstance(
 # --- rules ------------------------------------------------------------------------------------------------------
 
 _ATOMS = [
-    "1", "0", "-1.5", "NULL", "'x'", "length", "position", "teacher_logprob", "student_entropy", "reward", "finish_reason",
-    "teacher_logprob_sum", "response_ids", "trajectory_id", "1e999", "INTERVAL '1 day'", "DATE '2020-01-01'", '"a b"', "*",
+    "1", "0", "-1.5", "NULL", "'x'", "length", "position", "teacher_logprob", "student_entropy", "reward",
+    "finish_reason", "teacher_logprob_sum", "response_ids", "trajectory_id", "1e999", "INTERVAL '1 day'",
+    "DATE '2020-01-01'", '"a b"', "*",
 ]  # fmt: skip
 _FORMS = [
-    "({0} + {1})", "({0} / {1})", "({0} % {1})", "{0} > {1}", "NOT {0}", "CASE WHEN {0} THEN {1} END", "ABS({0})", "EXP({0})",
-    "AVG({0})", "SUM({0}) / COUNT({1})", "POW({0}, {1})", "{0} IN ({1}, 2)", "{0} LIKE 'a%'", "CAST({0} AS INT)", "{0}::text",
-    "{0} || {1}", "LPAD({0}, 900000000, 'x')", "REPLACE({0}, '', {1})", "{0} OVER (ORDER BY {1})", "LN({0})", "ROUND({0}, 2)",
-    "QUANTILE_CONT({0}, {1})", "{0} IN (SELECT {1} FROM read_csv('/etc/passwd'))", "read_parquet({0})", "ARRAY[{0}, {1}]",
-    "UNNEST({0})", "{0}[{1}]", "COALESCE({0}, {1})", "LEAST({0}, {1})", "{0} BETWEEN {1} AND 2", "({0}", "{0} -- {1}",
+    "({0} + {1})", "({0} / {1})", "({0} % {1})", "{0} > {1}", "NOT {0}", "CASE WHEN {0} THEN {1} END", "ABS({0})",
+    "EXP({0})", "AVG({0})", "SUM({0}) / COUNT({1})", "POW({0}, {1})", "{0} IN ({1}, 2)", "{0} LIKE 'a%'",
+    "CAST({0} AS INT)", "{0}::text", "{0} || {1}", "LPAD({0}, 900000000, 'x')", "REPLACE({0}, '', {1})",
+    "{0} OVER (ORDER BY {1})", "LN({0})", "ROUND({0}, 2)", "QUANTILE_CONT({0}, {1})",
+    "{0} IN (SELECT {1} FROM read_csv('/etc/passwd'))", "read_parquet({0})", "ARRAY[{0}, {1}]", "UNNEST({0})",
+    "{0}[{1}]", "COALESCE({0}, {1})", "LEAST({0}, {1})", "{0} BETWEEN {1} AND 2", "({0}", "{0} -- {1}",
     "STRPOS({0}, {1})", "SUBSTR({0}, {1}, 3)", "{0} ~ '(a+)+$'", "FIRST({0})", "STDDEV({0})", "COUNT(DISTINCT {0})",
 ]  # fmt: skip
 _NAMES = [n for n in RULES if n != "expression"]
 _RULES: list[dict[str, Any]] = [
     {"rule": "fire", "params": {"percentile": 20, "alpha": 1.0}, "scope": "step"},
     {"rule": "fire+uniform", "params": {"fire.percentile": 3}},
-    {"rule": "weight = 1 + teacher_entropy; keep = length > 1", "params": {"normalise": "trajectory"}, "scope": "group"},
+    {
+        "rule": "weight = 1 + teacher_entropy; keep = length > 1",
+        "params": {"normalise": "trajectory"},
+        "scope": "group",
+    },
     {"rule": {"keep": "reward > 0", "weight": "1"}, "batch_size": 4, "truncated": "drop", "end_token": "mask"},
     *({"rule": name, "params": {}} for name in _NAMES),
 ]
@@ -187,7 +202,7 @@ expressions = st.recursive(
 def _rules(draw: st.DrawFn) -> bytes:
     if draw(st.booleans()):
         return as_json(draw(bent(_RULES)))
-    parts = draw(st.dictionaries(st.sampled_from(["keep", "weight", "advantage", "token_keep"]), expressions, min_size=1))
+    parts = draw(st.dictionaries(st.sampled_from(RULE_PARTS), expressions, min_size=1))
     scope = draw(st.sampled_from([None, "trajectory", "group", "step", "round"]))
     text = "; ".join(f"{k} = {v}" for k, v in parts.items())
     return as_json({"rule": draw(st.sampled_from([parts, text])), "scope": scope, "params": {}})
@@ -232,7 +247,9 @@ TEXTS: dict[str, Target] = {
         lambda: [_parquet(_PROMPTS), _parquet(_PROMPTS[:1])],
         lambda: tables(_table(_PROMPTS)),
     ),
-    "config": Target(_configure, lambda: [*_yaml(_CONFIGS), _yaml(_CONFIGS)[0] + _SPLIT + "\n".join(_SETS).encode()], _configs),
+    "config": Target(
+        _configure, lambda: [*_yaml(_CONFIGS), _yaml(_CONFIGS)[0] + _SPLIT + "\n".join(_SETS).encode()], _configs
+    ),
     "rules": Target(_weigh, lambda: [as_json(r) for r in _RULES], _rules),
     "spec": Target(_specify, lambda: _yaml(_SPECS), _specs),
 }

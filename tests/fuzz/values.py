@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 _NUMBERS = [0, 1, -1, 2**31, 2**63, -(2**63) - 1, 10**40, 0.0, -0.0, 1e308, 1e-320, float("nan"), float("inf")]
 _TEXTS = [
-    "", " ", "null", "nan", "..", "../../x", "/etc/passwd", "C:\\x", "~", "\x00", "\x1b[2J", "\u202e", "\ud800", "é" * 9,
-    "token_id:1", "token_id:x", "5", "-1", "00000", "round-000", "{{ 1 }}", "<script>", "a" * 300, "x.py:f", "a=b", "+",
-    "fire", "hf://datasets/a/b/c.jsonl", "!!python/object/apply:os.system [x]", "9" * 5000,
+    "", " ", "null", "nan", "..", "../../x", "/etc/passwd", "C:\\x", "~", "\x00", "\x1b[2J", "\u202e", "\ud800",
+    "é" * 9, "token_id:1", "token_id:x", "5", "-1", "00000", "round-000", "{{ 1 }}", "<script>", "a" * 300, "x.py:f",
+    "a=b", "+", "fire", "hf://datasets/a/b/c.jsonl", "!!python/object/apply:os.system [x]", "9" * 5000,
 ]  # fmt: skip
 
 scalars = (

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.fuzz.attempt import finding
 from tests.fuzz.targets import TARGETS
 
-_SAMPLE = settings(max_examples=60, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+_SAMPLE = settings(max_examples=40, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("name", TARGETS)

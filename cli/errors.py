@@ -40,7 +40,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, typer.TyperException):
+        except (typer.Exit, typer.Abort, typer.TyperException, SystemExit):
             raise
         except KeyboardInterrupt:
             say("interrupted; the same command continues")
@@ -58,7 +58,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _debug(error)
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
-        except Exception as error:  # noqa: BLE001 - the outermost layer: whatever it is, no traceback and exit 1
+        except BaseException as error:  # noqa: BLE001 - the outermost layer: no traceback and exit 1, for panics of Rust too
             _debug(error)
             _explain(error)
             raise typer.Exit(1) from None
@@ -80,7 +80,7 @@ def entry(app: Callable[[], object]) -> None:
         raise SystemExit(1) from None
 
 
-def _explain(error: Exception) -> None:
+def _explain(error: BaseException) -> None:
     what, fix = _HINTS.get(type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it"))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         what, fix = "the disk is full", "free some space where the output goes, then the same command"

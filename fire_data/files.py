@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from fire_data.schemas.errors import DataError, StorageError
 
@@ -169,16 +169,19 @@ def json_bytes(value: Any) -> bytes:
 
 
 def read_json(path: Path, what: str, fix: str | None = None) -> Any:
-    """The value of a JSON file, None if there is none. Raises DataError for anything that is not JSON."""
+    """The value of a JSON file, None if there is none. Raises DataError for what is not JSON, or is null."""
     with storage_errors(path):
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             return None
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = from_json(data, allow_inf_nan=False)  # stricter than Python's: no NaN, and text is Unicode
+    except ValueError as error:
         raise DataError(f"{what} is not readable: {error}", where=str(path), fix=fix) from None
+    if value is None:  # a file that holds nothing is not one that is not there
+        raise DataError(f"{what} is null", where=str(path), fix=fix)
+    return value
 
 
 def publish(scratch: Path, final: Path) -> bool:

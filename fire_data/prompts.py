@@ -77,15 +77,17 @@ def _download(path: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from fire_data.hub.client import line_of
+
     owner, _, rest = path.removeprefix(_HUB).partition("/")
     name, _, inside = rest.partition("/")
     name, _, revision = name.partition("@")
-    if not (owner and name and inside):
+    if not (owner and name and inside) or {"", ".", ".."} & {*inside.split("/")}:
         raise ConfigError("a Hub path names a file", where=path, fix="hf://datasets/user/name/file.jsonl")
     try:
         return Path(hf_hub_download(f"{owner}/{name}", inside, repo_type="dataset", revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        text = f"the Hub did not give the prompts: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        text = f"the Hub did not give the prompts: {line_of(error)}"
         raise DataError(text, where=path, fix="check the name, the network and `hf auth login`") from None
 
 
@@ -109,11 +111,11 @@ def _no_number(text: str) -> None:
 
 def _parquet_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
     try:
-        table = pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.read_table(file, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # names that are no UTF-8, dates before 1
         fix = "copy the file again, or name a .jsonl file"
         raise DataError(f"not a readable Parquet file: {error}", where=path, fix=fix) from None
-    for number, row in enumerate(table.to_pylist()):
+    for number, row in enumerate(rows):
         # NaN is how data frames write a missing value, and the one value that differs from itself.
         yield {k: v for k, v in row.items() if v is not None and v == v}, f"{path}, row {number}"
 

@@ -32,12 +32,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "storage and engines": (
         "partial", "records", "distributed", "launch", "pieces", "files", "metrics", "shards", "stages", "prompts",
-        "run", "create", "overview", "environment", "tokenview", "chat", "models", "engines", "kvcache", "generate",
-        "scoring", "optim", "trainmode", "packed", "lora", "training", "trainstate", "stream", "kept", "contract",
-        "http_words", "http_calls", "http_client", "http_dialect", "http_probe", "http_engine", "vllm_process",
-        "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster", "ray_engine", "outside", "session",
-        "hub", "hub.layout", "hub.redact", "hub.client", "hub.card", "hub.flat", "hub.checkpoint", "hub.push",
-        "hub.pull", "hub.start", "verify", "verify.pool", "verify.worker", "verify.maths", "verify.sandbox",
+        "run", "create", "overview", "environment", "tokenview", "chat", "modelfiles", "models", "engines", "kvcache",
+        "generate", "scoring", "optim", "trainmode", "packed", "lora", "training", "trainstate", "stream", "kept",
+        "contract", "http_words", "http_calls", "http_client", "http_dialect", "http_probe", "http_engine",
+        "vllm_process", "vllm_engine", "vllm_worker", "vllm_worker.fire_vllm", "ray_cluster", "ray_engine", "outside",
+        "session", "hub", "hub.layout", "hub.redact", "hub.client", "hub.card", "hub.flat", "hub.checkpoint",
+        "hub.push", "hub.pull", "hub.start", "verify", "verify.pool", "verify.worker", "verify.maths", "verify.sandbox",
         "standing", "trackers",
     ),
     "steps": (

@@ -192,6 +192,20 @@ def test_a_damaged_parquet_file_is_a_data_error(tmp_path: Path) -> None:
         read_prompts("p.parquet", tmp_path)
 
 
+@pytest.mark.parametrize("what", ["text", "name", "date"])
+def test_parquet_that_holds_what_python_does_not_know_is_a_data_error(tmp_path: Path, what: str) -> None:
+    """A format that others write: text that is no UTF-8, and dates before the year 1."""
+    bad = pa.array([b"\xff\xfe"]).view(pa.string()) if what == "text" else pa.array(["a"])
+    date = pa.array([-(2**31)], pa.int32()).view(pa.date32())
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": bad, "when": date} if what == "date" else {"prompt": bad}), path)
+    if what == "name":
+        path.write_bytes(path.read_bytes().replace(b"prompt", b"pro\xffpt"))
+    with pytest.raises(DataError, match="not a readable Parquet file") as caught:
+        read_prompts("p.parquet", tmp_path)
+    assert caught.value.fix
+
+
 def test_the_digest_knows_the_content_and_not_the_order(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "prompt_id": "1"}, {"prompt": "b", "prompt_id": "2"}]
 

@@ -39,6 +39,30 @@ def steps(path: Path, round: int | str | None = None) -> list[dict[str, Any]]:
     return [r for r in read(path) if "stopped_by" not in r and round in (None, r.get("round"))]
 
 
+def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """First and last loss of a round's steps, and how many were skipped, for the manifest."""
+    done = [r for r in records if not r["skipped"]]
+    skipped = {
+        "skipped_steps": len(records) - len(done),
+        "nonfinite_steps": sum(r.get("nonfinite", False) for r in records),
+    }
+    if not done:
+        return skipped
+    seconds = [r["seconds"] for r in done]
+    executed = sum(r["tokens_per_second"] * s for r, s in zip(done, seconds, strict=True))
+    return {
+        **skipped,
+        "ratio_check": records[0].get("ratio_check"),
+        "loss_first": done[0]["loss"],
+        "loss_last": done[-1]["loss"],
+        **({"fkl_loss_last": done[-1]["fkl_loss"]} if "fkl_loss" in done[-1] else {}),
+        "grad_norm_last": done[-1]["grad_norm"],
+        "drift_kl_last": done[-1]["drift_kl"],
+        "ess_last": done[-1].get("ess"),
+        "tokens_per_second": executed / sum(seconds),
+    }
+
+
 def rewind(path: Path, global_step: int, round: int, tmp: Path) -> None:
     """Forget what is from this step of this round on, and torn lines: it is about to be done again."""
     if not path.exists():

@@ -44,7 +44,7 @@ def summary(records: list[dict[str, Any]]) -> dict[str, Any]:
     done = [r for r in records if not r["skipped"]]
     skipped = {
         "skipped_steps": len(records) - len(done),
-        "nonfinite_steps": sum(r.get("nonfinite", False) for r in records),
+        "nonfinite_steps": sum("nonfinite" in r for r in records),
     }
     if not done:
         return skipped

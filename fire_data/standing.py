@@ -104,4 +104,4 @@ def nonfinite_steps(run: Run, round: int) -> int | None:
         return None
     if manifest.sealed:
         return int(manifest.stats.get("nonfinite_steps", 0))
-    return sum(r.get("nonfinite", False) for r in metrics.steps(run.root / "metrics.jsonl", round))
+    return sum("nonfinite" in r for r in metrics.steps(run.root / "metrics.jsonl", round))

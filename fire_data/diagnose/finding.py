@@ -47,8 +47,8 @@ class Facts:
 
     `run` is how commands name the run. `sampling` holds temperature, top_p and top_k; `tokenizers` how the two compare;
     `templates` are the fingerprints of the student's and the teacher's chat template, the latter 'shared' if the
-    teacher saw the student's prompt; `nonfinite_steps` is how many optimizer steps were skipped because a number was not
-    finite; `earlier` are summaries of earlier rounds, the oldest first.
+    teacher saw the student's prompt; `nonfinite_steps` were skipped by training because a number was not finite;
+    `earlier` are summaries of earlier rounds, the oldest first.
     """
 
     run: str = "RUN"

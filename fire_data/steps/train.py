@@ -266,7 +266,7 @@ class _Training:
 
     def _applied(self) -> int:
         """Steps of this round so far that moved the weights: not those without a kept token, nor those not finite."""
-        kept = [s["kept_tokens"] > 0 for s in self.weights[1].stats["steps"]]
+        kept: list[bool] = [s["kept_tokens"] > 0 for s in self.weights[1].stats["steps"]]
         epochs, rest = divmod(self.done, max(1, self.steps))
         return epochs * sum(kept) + sum(kept[:rest]) - self.nonfinite
 

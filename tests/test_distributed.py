@@ -166,14 +166,14 @@ def _steps_of(run: Run) -> list[dict[str, Any]]:
 
 
 def test_two_processes_skip_the_steps_that_are_not_finite_on_one_of_them(tmp_path: Path) -> None:
-    one, two, bad = tmp_path / "one", tmp_path / "two", (0, 3, 4, 11)
+    one, two, bad = tmp_path / "one", tmp_path / "two", (0, 3, 4)
     for folder in (one, two):
         folder.mkdir()
-    steps(one, 0, STEPS, True, bad=bad)
-    assert on(2, _steps_with, two, 0, STEPS, True, None, {"bad": bad}) == [0, 0]
-    assert [r["skipped"] for r in curve(two)] == [step in bad for step in range(STEPS)]
+    steps(one, 0, HALF, True, bad=bad)
+    assert on(2, _steps_with, two, 0, HALF, True, None, {"bad": bad}) == [0, 0]
+    assert [r["skipped"] for r in curve(two)] == [step in bad for step in range(HALF)]
     same(curve(one), curve(two))
-    same_weights(one / str(STEPS), two / str(STEPS))
+    same_weights(one / str(HALF), two / str(HALF))
 
 
 def _fail(last: int) -> None:

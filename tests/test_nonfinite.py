@@ -255,8 +255,7 @@ KILLS: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("moment", KILLS)
-@pytest.mark.parametrize("save_every", [0, 1])
+@pytest.mark.parametrize(("moment", "save_every"), [*((moment, 1) for moment in KILLS), ("before a state", 0)])
 def test_a_kill_after_a_skipped_step_changes_nothing(
     scored: Callable[..., Run],
     tmp_path: Path,

@@ -8,13 +8,18 @@ DEMO ?= runs/demo
 # vLLM pins its own torch and transformers, so it has an environment of its own, which tests drive from outside.
 VLLM := .venv-vllm
 
-.PHONY: demo test vllm docs check format lock audit fuzz clean
+.PHONY: demo test mutation vllm docs check format lock audit fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/fire demo $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Which changes of the code does no test notice? Hours; `make mutation SLICES="loss files"` tries some of it.
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mutation]'
+	$(BIN)/python -m tests.mutation.run $(SLICES)
 
 # 2.5 GB, torch from the index for CPU builds. The tests that need a real vLLM skip without it.
 vllm: $(VLLM)/.installed

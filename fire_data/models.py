@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fire_data.modelfiles import COPY, first_line, read_json, require_config, require_tokenizer, require_weights
 from fire_data.schemas.config import ModelConfig
-from fire_data.schemas.errors import ConfigError, DataError, EngineError
+from fire_data.schemas.errors import NOT_FINITE, ConfigError, DataError, EngineError
 from fire_data.schemas.manifest import digest
 
 if TYPE_CHECKING:
@@ -278,6 +278,10 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
     difference = tolerance = float("nan")
     if logits.shape == expected.shape:
         finite = expected.isfinite()  # half precision may overflow where it was enlarged
+        if not finite.any():
+            raise EngineError(
+                f"{name}: not one logit is finite", where=model.config.name_or_path or None, fix=NOT_FINITE
+            )
         tolerance = 8 * torch.finfo(expected.dtype).eps * float(expected[finite].abs().max())
         difference = float((logits - expected)[finite].abs().max())
     if not difference <= tolerance:

@@ -204,10 +204,11 @@ def table(record: Record) -> str:
     if slices:
         days = sorted({s["date"] for s in slices})
         seconds = sum(s["seconds"] for s in slices)
+        often = "1 slice" if len(slices) == 1 else f"{len(slices)} slices"
         when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
         lines += [
             "",
-            f"Made {when} in {len(slices)} slices, {seconds / 60:.0f} minutes in all, on {slices[-1]['machine']}.",
+            f"Made {when} in {often}, {seconds / 60:.0f} minutes in all, on {slices[-1]['machine']}.",
         ]
     return "\n".join(lines) + "\n"
 

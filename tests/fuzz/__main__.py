@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_HEAD = struct.Struct("<QQ")  # inputs so far, length of the one it is at
+_HEAD = struct.Struct("<QQ")  # inputs so far; one more than the length of the one it is at, 0 between two
 _ROOM = 1 << 20  # bytes of an input
 _STUCK = 30.0  # seconds in which no input ends
 NAMES = (
@@ -78,7 +78,7 @@ def _campaign(name: str, inputs: int, seed: int, out: Path) -> dict[str, Any]:
     while done < inputs:
         count, data, ending = _watched(name, inputs - done, seed + attempt, mine)
         done, attempt = done + count, attempt + 1
-        if ending is not None:
+        if ending is not None and data is not None:
             _keep(mine, ending, "the process ended", data)
         elif count == 0:
             raise SystemExit(f"{name}: nothing was fed; see {mine / 'log.txt'}")
@@ -94,8 +94,8 @@ def _campaign(name: str, inputs: int, seed: int, out: Path) -> dict[str, Any]:
     return row
 
 
-def _watched(name: str, inputs: int, seed: int, out: Path) -> tuple[int, bytes, str | None]:
-    """Inputs that a process came through, the one it was at, and how it ended if that was not by itself."""
+def _watched(name: str, inputs: int, seed: int, out: Path) -> tuple[int, bytes | None, str | None]:
+    """Inputs that a process came through, the one it was at, if any, and how it ended if that was not by itself."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="fire-fuzz-", dir=memory, ignore_cleanup_errors=True) as folder:
         state = Path(folder) / "state"
@@ -121,7 +121,7 @@ def _watched(name: str, inputs: int, seed: int, out: Path) -> tuple[int, bytes, 
         if ending is None and child.returncode != 0:
             code = child.returncode
             ending = signal.Signals(-code).name if code < 0 else f"exit {code}"
-        return count, found[_HEAD.size : _HEAD.size + size], ending
+        return count, found[_HEAD.size : _HEAD.size + size - 1] if size else None, ending
 
 
 def _keep(out: Path, signature: str, told: str, data: bytes) -> None:
@@ -159,12 +159,12 @@ def _work(name: str, inputs: int, seed: int, state: Path, out: Path) -> None:
             return
         data = data[:_ROOM]
         shared[_HEAD.size : _HEAD.size + len(data)] = data
-        shared[: _HEAD.size] = _HEAD.pack(count, len(data))
+        shared[: _HEAD.size] = _HEAD.pack(count, len(data) + 1)
         found = finding(target, data)
         if found is not None:
             _keep(out, *found, data)
         count += 1
-        shared[: _HEAD.size] = _HEAD.pack(count, len(data))
+        shared[: _HEAD.size] = _HEAD.pack(count, 0)
 
     seeds = target.seeds()
     for data in seeds:
@@ -209,15 +209,9 @@ def _guided(feed: Any, target: Any, inputs: int, seed: int, seeds: list[bytes]) 
     for i in range(50):
         (corpus / f"choices-{i}").write_bytes(b"\x80" + hashlib.shake_256(f"{seed} {i}".encode()).digest(2000))
     # Choices that a strategy cannot use are no inputs, so there are runs to spare; the parent reads off the count.
-    flags = [
-        "-timeout=0",
-        "-rss_limit_mb=0",
-        "-max_len=65536",
-        "-len_control=0",
-        f"-runs={inputs}",
-        f"-seed={seed + 1}",
-    ]
-    atheris.Setup([sys.argv[0], *flags, "-verbosity=0", str(corpus)], one)
+    # Time and memory are limited here: libFuzzer's own alarm, which cannot be turned off, comes after months.
+    limits = ["-timeout=9999999", "-rss_limit_mb=0", "-max_len=65536", "-len_control=0", f"-artifact_prefix={corpus}/"]
+    atheris.Setup([sys.argv[0], *limits, f"-runs={inputs}", f"-seed={seed + 1}", "-verbosity=0", str(corpus)], one)
     atheris.Fuzz()
 
 

@@ -1,8 +1,8 @@
 """Losses of a tiny training and weights by every rule are what they were: a change that should not alter results.
 
-`python -m tests.test_golden` writes tests/golden.json anew. Do that only for a change that is meant to alter them, and
-say why beside it. Weights, ids and tables are made without a random generator, whose numbers another version of a
-library might change; tolerances leave room for another processor's rounding.
+`python -m tests.test_golden` writes tests/golden/results.json anew. Do that only for a change that is meant to alter
+them, and say why beside it. Weights, ids and tables are made without a random generator, whose numbers another version
+of a library might change; tolerances leave room for another processor's rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import fire_data as fd
 from fire_data.rules import RULES
 
-PATH = Path(__file__).with_name("golden.json")
+PATH = Path(__file__).parent / "golden" / "results.json"
 NAMES = sorted(set(RULES) - {"expression"})
 # Where most weights and advantages are: round numbers, as many rules give, lie inside a bar.
 BARS = (0.04, 0.3, 0.6, 0.8, 0.95, 1.05, 1.25, 1.7, 2.6, 7.0, 20.0)

@@ -48,8 +48,6 @@ def read(kind: type[_T], path: Path, fix: str) -> _T | None:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"a {name} is not readable: {error}", where=str(path), fix=fix) from None
-    if value is None:
-        return None
     if isinstance(value, dict) and KEY in value and not mark:
         raise DamagedError(f"the {name} was written again by something else", where=str(path), fix=fix)
     found = value.get("format") if isinstance(value, dict) else None

@@ -8,11 +8,11 @@ record anew. Records without one are from earlier versions and are read too.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from fire_data import files
 from fire_data.schemas.errors import DamagedError, DataError
@@ -45,12 +45,14 @@ def read(kind: type[_T], path: Path, fix: str) -> _T | None:
     if mark and rest != _checksum(body) + b'"' + _END:
         raise DamagedError(f"the {name} is not as it was written", where=str(path), fix=fix)
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"a {name} is not readable: {error}", where=str(path), fix=fix) from None
-    if isinstance(value, dict) and KEY in value and not mark:
+        value = from_json(data, allow_inf_nan=False)  # stricter than Python's: no NaN, and text is Unicode
+    except ValueError as error:
+        raise DamagedError(f"the {name} is not readable: {error}", where=str(path), fix=fix) from None
+    if not isinstance(value, dict):
+        raise DamagedError(f"the {name} is not readable: it holds {type(value).__name__}", where=str(path), fix=fix)
+    if KEY in value and not mark:
         raise DamagedError(f"the {name} was written again by something else", where=str(path), fix=fix)
-    found = value.get("format") if isinstance(value, dict) else None
+    found = value.get("format")
     if isinstance(found, int) and found > FORMAT:
         text = f"format {found} is newer than this version reads ({FORMAT})"
         raise DataError(text, where=str(path), fix="pip install --upgrade fire-opd")

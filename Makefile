@@ -8,13 +8,18 @@ DEMO ?= runs/demo
 # vLLM pins its own torch and transformers, so it has an environment of its own, which tests drive from outside.
 VLLM := .venv-vllm
 
-.PHONY: demo test vllm docs check format clean
+.PHONY: demo test mutation vllm docs check format lock audit fuzz clean
 
 demo: $(STAMP)
 	$(BIN)/fire demo $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Which changes of the code does no test notice? Hours; `make mutation SLICES="loss files"` tries some of it.
+mutation: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[mutation]'
+	$(BIN)/python -m tests.mutation.run $(SLICES)
 
 # 2.5 GB, torch from the index for CPU builds. The tests that need a real vLLM skip without it.
 vllm: $(VLLM)/.installed
@@ -40,11 +45,32 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(STAMP): pyproject.toml constraints-cpu.txt
+# First what is known by its bytes, then torch, which is known by its version. What builds the package is among the first.
+$(STAMP): pyproject.toml constraints-cpu.txt requirements-ci.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements-ci.txt
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --no-build-isolation --editable '.[dev]'
 	touch $@
+
+# The lock file without the packages of a CUDA build of torch.
+CUDA := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc nvidia-cuda-runtime \
+  nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 \
+  nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx triton
+
+lock:
+	sed -n '/^#/!q;p' requirements-ci.txt > .lock
+	echo pip | uv pip compile pyproject.toml - --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --constraint constraints-cpu.txt --upgrade --quiet \
+	  $(foreach name,torch $(CUDA),--no-emit-package $(name)) >> .lock
+	mv .lock requirements-ci.txt
+
+# Known vulnerabilities of what is installed; asks the registry's database, so it is no part of CI.
+audit:
+	pip-audit --requirement requirements-ci.txt --require-hashes --disable-pip
+
+# Coverage-guided where atheris is installed: pip install '.[fuzz]'
+fuzz: $(STAMP)
+	$(BIN)/python -m tests.fuzz all
 
 clean:
 	rm -rf $(VENV) $(VLLM) .types build site docs/reference *.egg-info

@@ -30,6 +30,8 @@ _HINTS = {
     "PermissionError": ("no permission", "check the owner of the run folder"),
 }
 
+_DISK = (errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV)  # of models and other files that are not the run's
+
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """A command that ends in an exit code and a message, never in a traceback (FIRE_DEBUG=1 shows it)."""
@@ -38,7 +40,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return command(*args, **kwargs)
-        except (typer.Exit, typer.Abort, typer.TyperException):
+        except (typer.Exit, typer.Abort, typer.TyperException, SystemExit):
             raise
         except KeyboardInterrupt:
             say("interrupted; the same command continues")
@@ -56,7 +58,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _debug(error)
             say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
-        except Exception as error:  # noqa: BLE001 - the outermost layer: whatever it is, no traceback and exit 1
+        except BaseException as error:  # noqa: BLE001 - the outermost layer: no traceback and exit 1, for panics of Rust too
             _debug(error)
             _explain(error)
             raise typer.Exit(1) from None
@@ -78,10 +80,12 @@ def entry(app: Callable[[], object]) -> None:
         raise SystemExit(1) from None
 
 
-def _explain(error: Exception) -> None:
+def _explain(error: BaseException) -> None:
     what, fix = _HINTS.get(type(error).__name__, ("internal error", "FIRE_DEBUG=1 shows where; please report it"))
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         what, fix = "the disk is full", "free some space where the output goes, then the same command"
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        what, fix = "the file system failed", "look at the disk or the mount, then the same command continues"
     say(f"error: {what}: {type(error).__name__}: {first_line(error)}\n  fix:   {fix}")
 
 

@@ -55,7 +55,7 @@ def _glance(run: Run, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _cell(run: Run, rows: list[dict[str, Any]]) -> str | None:
     """Of several, weights by different rules say, what is worst."""
-    from fire_data.standing import standings
+    from fire_data.standing import nonfinite_steps, standings
 
     if not rows:
         return None
@@ -64,7 +64,15 @@ def _cell(run: Run, rows: list[dict[str, Any]]) -> str | None:
             return "damaged"
     for row in rows:
         if row["state"] == "open" and row["stage"] == "checkpoints":
-            return next(f"{s.done}/{s.total}" for s in standings(run, row["round"]) if s.stage == "checkpoints")
+            done = next(f"{s.done}/{s.total}" for s in standings(run, row["round"]) if s.stage == "checkpoints")
+            return done + _skipped(nonfinite_steps(run, row["round"]))
         if row["state"] == "open":
             return f"{row['shards']}/{row['planned']}"
+    if rows[0]["stage"] == "checkpoints":
+        return "sealed" + _skipped(nonfinite_steps(run, rows[0]["round"]))
     return "sealed" if len(rows) == 1 else f"{len(rows)} sealed"
+
+
+def _skipped(steps: int | None) -> str:
+    """What a training adds to its cell if it had steps that were not finite."""
+    return f", {steps} not finite" if steps else ""

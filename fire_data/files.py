@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from fire_data.schemas.errors import DataError, StorageError
 
@@ -47,8 +47,8 @@ def storage_errors(where: Path | str) -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as f:
+    """Hex sha256 of a file's bytes. Raises StorageError."""
+    with storage_errors(path), path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -91,7 +91,9 @@ def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of processes of this host that no longer run."""
     if not folder.is_dir():
         return
-    for path in folder.iterdir():
+    with storage_errors(folder):
+        found = list(folder.iterdir())
+    for path in found:
         host, _, rest = path.name.partition(".")
         pid = rest.partition(".")[0]
         if host == _HOST and pid.isdecimal() and not _alive(int(pid)):
@@ -109,11 +111,13 @@ def _alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder if it is there."""
+    """Delete a file or folder if it is there. What cannot be deleted stays: this is for leftovers, whose failure must
+    not take the place of the one that is being told."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -126,7 +130,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def replace_json(path: Path, value: Any, tmp: Path) -> None:
     """Atomically create or replace a JSON file."""
-    replace_bytes(path, _json_bytes(value), tmp)
+    replace_bytes(path, json_bytes(value), tmp)
 
 
 def replace_bytes(path: Path, data: bytes, tmp: Path) -> None:
@@ -144,7 +148,7 @@ def replace_bytes(path: Path, data: bytes, tmp: Path) -> None:
 
 def create_json(path: Path, value: Any, tmp: Path) -> bool:
     """Atomically create a JSON file; False if one is already there, which is then left alone."""
-    return create_bytes(path, _json_bytes(value), tmp)
+    return create_bytes(path, json_bytes(value), tmp)
 
 
 def create_bytes(path: Path, data: bytes, tmp: Path) -> bool:
@@ -158,22 +162,26 @@ def create_bytes(path: Path, data: bytes, tmp: Path) -> bool:
             scratch.unlink(missing_ok=True)
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """A value as JSON, a key to a line."""
     json.dumps(value, allow_nan=False)  # raises for what is no JSON; Python's own indenting takes twenty times as long
     return to_json(value, indent=1) + b"\n"
 
 
 def read_json(path: Path, what: str, fix: str | None = None) -> Any:
-    """The value of a JSON file, None if there is none. Raises DataError for anything that is not JSON."""
+    """The value of a JSON file, None if there is none. Raises DataError for what is not JSON, or is null."""
     with storage_errors(path):
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             return None
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = from_json(data, allow_inf_nan=False)  # stricter than Python's: no NaN, and text is Unicode
+    except ValueError as error:
         raise DataError(f"{what} is not readable: {error}", where=str(path), fix=fix) from None
+    if value is None:  # a file that holds nothing is not one that is not there
+        raise DataError(f"{what} is null", where=str(path), fix=fix)
+    return value
 
 
 def publish(scratch: Path, final: Path) -> bool:

@@ -18,8 +18,10 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from fire_data.modelfiles import COPY, first_line, read_json, require_config, require_tokenizer, require_weights
 from fire_data.schemas.config import ModelConfig
-from fire_data.schemas.errors import ConfigError, DataError, EngineError
+from fire_data.schemas.errors import NOT_FINITE, ConfigError, DataError, EngineError
+from fire_data.schemas.manifest import digest
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +29,8 @@ if TYPE_CHECKING:
 
     from fire_data.head import Head
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _LIGHT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]  # everything of a Hub repository but its weights
-_PICKLES = ("*.bin", "*.pt", "*.pth")
+_TRUST = "read its code, and only if you would run it: trust_remote_code: true"
 _BLOCK = 1 << 20  # bytes read at a time while hashing
 _VERIFIED: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -39,13 +40,14 @@ def load_tokenizer(cfg: ModelConfig, base: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder = _folder(cfg, base)
-    _require_tokenizer(folder)
+    require_tokenizer(folder)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=cfg.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"the tokenizer cannot be loaded: {_line(error)}", where=str(folder), fix=_COPY) from None
+        fix = _TRUST if "trust_remote_code" in str(error) else COPY
+        raise DataError(f"the tokenizer cannot be loaded: {first_line(error)}", where=str(folder), fix=fix) from None
     return tokenizer
 
 
@@ -64,7 +66,7 @@ def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> Pre
 
     device = resolve_device(cfg.device)
     folder = _folder(cfg, base, weights=True)
-    _require_weights(folder)
+    require_weights(folder)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # stderr belongs to the command's own progress
     try:
         loader: Any = AutoModelForCausalLM
@@ -82,16 +84,19 @@ def load_model(cfg: ModelConfig, base: Path, *, dtype: str | None = None) -> Pre
         placed: PreTrainedModel = model.to(device).eval()
     except torch.OutOfMemoryError as error:
         fix = "use another device, or a smaller dtype"
-        raise EngineError(f"the model does not fit: {_line(error)}", where=f"{folder} on {device}", fix=fix) from None
+        raise EngineError(
+            f"the model does not fit: {first_line(error)}", where=f"{folder} on {device}", fix=fix
+        ) from None
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"the model cannot be loaded: {_line(error)}", where=str(folder), fix=_COPY) from None
+        fix = _TRUST if "trust_remote_code" in str(error) else COPY
+        raise DataError(f"the model cannot be loaded: {first_line(error)}", where=str(folder), fix=fix) from None
     return placed
 
 
 def local_folder(cfg: ModelConfig, base: Path) -> Path:
     """Where the model's files lie, weights included; a Hub model is downloaded first. Raises as `load_model`."""
     folder = _folder(cfg, base, weights=True)
-    _require_weights(folder)
+    require_weights(folder)
     return folder
 
 
@@ -115,11 +120,11 @@ def check_model_files(cfg: ModelConfig, base: Path, *, weights: bool = True) -> 
     checked when they are downloaded.
     """
     folder = _folder(cfg, base)
-    _require_tokenizer(folder)
+    require_tokenizer(folder)
     if weights:
         model_config(cfg, base)
         if folder == _local(cfg.model, base):
-            _require_weights(folder)
+            require_weights(folder)
 
 
 def model_config(cfg: ModelConfig, base: Path) -> Any:
@@ -127,12 +132,13 @@ def model_config(cfg: ModelConfig, base: Path) -> Any:
     from transformers import AutoConfig
 
     folder = _folder(cfg, base)
-    _require(folder, "config.json")
+    require_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        text = f"config.json cannot be used: {_line(error)}"
-        raise DataError(text, where=str(folder), fix="pip install -U transformers, or copy the file again") from None
+        text = f"config.json cannot be used: {first_line(error)}"
+        fix = "pip install -U transformers, or copy the file again"
+        raise DataError(text, where=str(folder), fix=_TRUST if "trust_remote_code" in str(error) else fix) from None
     return config.get_text_config()
 
 
@@ -146,7 +152,7 @@ def stop_ids(cfg: ModelConfig, base: Path, tokenizer: PreTrainedTokenizerBase) -
     folder = _folder(cfg, base)
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
+        value = read_json(folder / name).get("eos_token_id")
         if value is not None:
             ids.update(value if isinstance(value, list) else [value])
             break
@@ -188,13 +194,13 @@ def model_fingerprint(cfg: ModelConfig, base: Path, cache: Path | None = None) -
         files += [f for name in ("config.json", "generation_config.json") if (f := folder / name).is_file()]
     else:
         files = sorted(f for f in folder.iterdir() if f.is_file())
-    known = _read_json(cache) if cache else {}
+    known = read_json(cache) if cache else {}
     hashes = {str(f.resolve()): _cached_hash(f, known) for f in files}
     if cache and any(known.get(k) != v for k, v in hashes.items()):
         _write_json(cache, known | hashes)
     total = hashlib.sha256()
     for file in sorted(files):
-        total.update(f"{file.name} {hashes[str(file.resolve())][-1]}\n".encode())
+        total.update(f"{file.name} {hashes[str(file.resolve())][-2]}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
@@ -272,6 +278,10 @@ def _verify_head(model: PreTrainedModel, head: Head) -> None:
     difference = tolerance = float("nan")
     if logits.shape == expected.shape:
         finite = expected.isfinite()  # half precision may overflow where it was enlarged
+        if not finite.any():
+            raise EngineError(
+                f"{name}: not one logit is finite", where=model.config.name_or_path or None, fix=NOT_FINITE
+            )
         tolerance = 8 * torch.finfo(expected.dtype).eps * float(expected[finite].abs().max())
         difference = float((logits - expected)[finite].abs().max())
     if not difference <= tolerance:
@@ -305,12 +315,14 @@ def _folder(cfg: ModelConfig, base: Path, *, weights: bool = False) -> Path:
         fix = "--set student.model=FOLDER, or teacher.model, or in fire.yaml; paths start at the run"
         raise DataError(text, where=where, fix=fix)
     if not any(path.iterdir()):
-        raise DataError("the model folder is empty", where=where, fix=_COPY)
+        raise DataError("the model folder is empty", where=where, fix=COPY)
     return path
 
 
 def _download(cfg: ModelConfig, base: Path, *, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
+
+    from fire_data.hub.client import line_of
 
     http_error: type[Exception] = vars(errors)["HTTPError"]  # that of whichever HTTP library it uses
 
@@ -319,72 +331,32 @@ def _download(cfg: ModelConfig, base: Path, *, weights: bool) -> Path:
     try:
         folder = snapshot_download(cfg.model, revision=cfg.revision, allow_patterns=patterns, ignore_patterns=["*/*"])
     except errors.HFValidationError as error:
-        text = f"neither a folder nor a Hub id: {_line(error)}"
+        text = f"neither a folder nor a Hub id: {line_of(error)}"
         raise DataError(text, where=str(base / cfg.model), fix="correct student.model / teacher.model") from None
     except (OSError, http_error) as error:
-        text = f"no such folder in {base}, and the Hub gave no model: {_line(error)}"
+        text = f"no such folder in {base}, and the Hub gave no model: {line_of(error)}"
         fix = f"check the name and the network, or: hf download {cfg.model}"
         raise DataError(text, where=where, fix=fix) from None
     return Path(folder)
 
 
-_COPY = "copy the model again, or save it with save_pretrained"
-
-
-def _require(folder: Path, name: str) -> None:
-    if not (folder / name).is_file():
-        raise DataError(f"the model folder has no {name}", where=str(folder), fix=_COPY)
-
-
-def _require_tokenizer(folder: Path) -> None:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        fix = "save the tokenizer into the same folder: tokenizer.save_pretrained(folder)"
-        raise DataError("the model folder has no tokenizer (tokenizer.json)", where=str(folder), fix=fix)
-
-
-def _require_weights(folder: Path) -> None:
-    """config.json, and safetensors that are all there and as long as their headers say."""
-    from safetensors import SafetensorError, safe_open
-
-    _require(folder, "config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [f.name for pattern in _PICKLES for f in sorted(folder.glob(pattern))]
-        reason = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no *.safetensors"
-        fix = "save it again with transformers 5: model.save_pretrained(folder)"
-        raise DataError(f"the model folder has no weights to load: {reason}", where=str(folder), fix=fix)
-    index = _read_json(folder / "model.safetensors.index.json")
-    for name in sorted(set(index.get("weight_map", {}).values())):
-        _require(folder, name)
-    for file in files:
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{file.name} is damaged: {_line(error)}", where=str(file), fix=_COPY) from None
-
-
 def _cached_hash(file: Path, known: dict[str, Any]) -> list[Any]:
-    """[size, mtime, ctime, inode, sha256 hex]; read from `known` if the file has not changed since."""
+    """[size, mtime, ctime, inode, sha256 hex, checksum]; read from `known` if the file has not changed since.
+
+    The checksum is that of the others: a changed byte of the cache must not make another model of this one.
+    """
     stat = file.stat()
     identity = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     entry = known.get(str(file.resolve()))
-    if isinstance(entry, list) and entry[:-1] == identity and isinstance(entry[-1], str):
-        return entry
+    known_by = isinstance(entry, list) and entry[:-2] == identity and isinstance(entry[-2], str)
+    if entry and known_by and entry[-1] == digest(entry[:-1]):
+        return list(entry)
     state = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             state.update(block)
-    return [*identity, state.hexdigest()]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    found = [*identity, state.hexdigest()]
+    return [*found, digest(found)]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -394,8 +366,3 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value), encoding="utf-8")
         os.replace(partial, path)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a library's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from fire_data import files, trackers
 from fire_data.run import STAGES, Run
 from fire_data.schemas.errors import ConfigError, DataError
-from fire_data.schemas.manifest import Receipt
+from fire_data.schemas.manifest import Manifest, Receipt
 from fire_data.schemas.tables import added_by
-from fire_data.shards import VERBS, Part, intact, is_sealed, read_manifest, read_receipt
-from fire_data.stages import Reporter, set_stage_aside
+from fire_data.shards import VERBS, Part, foreign_files, intact, is_sealed, read_manifest, read_receipt
+from fire_data.stages import Reporter, set_stage_aside, strangers
+
+MANIFEST = "manifest"  # what `check` calls the damaged thing where it is no shard
 
 
 def parts(run: Run) -> list[Part]:
@@ -79,25 +82,58 @@ def _addons(run: Run) -> tuple[str, ...]:
 
 
 def check(run: Run) -> list[dict[str, Any]]:
-    """Compare every finished shard and checkpoint file with its receipt; the rows that do not hold, with the fix."""
-    damage = []
+    """Compare every finished shard and checkpoint file with its receipt; what does not hold, with the fix.
+
+    Also named: receipts and manifests that were changed or are gone, and files that no receipt names but readers of the
+    folder, or loaders of the model, would take for a part of it.
+    """
+    damage = [_damage(part, MANIFEST, "is missing", part.manifest_path) for part in _without_manifest(run)]
     for part in parts(run):
-        manifest = read_manifest(part)
+        try:
+            manifest = read_manifest(part)
+        except DataError as error:
+            damage.append(_damage(part, MANIFEST, error.what, part.manifest_path))
+            continue
         assert manifest is not None
-        receipts: list[Receipt] = list(manifest.shards)
-        for shard in () if receipts else manifest.plan:
-            try:
-                receipt = read_receipt(part, shard.name)
-            except DataError as error:
-                damage.append(_damage(part, shard.name, error.what, part.receipt_path(shard.name)))
-                continue
-            receipts += [receipt] if receipt is not None else []
-        for receipt in receipts:
-            path = _file(part, receipt)
-            if not intact(path, receipt):
-                what = "differs from its receipt" if path.exists() else "is missing"
-                damage.append(_damage(part, receipt.shard, what, path))
+        damage += _damages(part, manifest)
     return damage
+
+
+def _damages(part: Part, manifest: Manifest) -> list[dict[str, Any]]:
+    """What does not hold in one stage of a round."""
+    damage, listed = [], {r.shard: r for r in manifest.shards}
+    for name in [shard.name for shard in manifest.plan]:
+        where = part.receipt_path(name)
+        try:
+            receipt = read_receipt(part, name)
+        except DataError as error:
+            damage.append(_damage(part, name, error.what, where))
+            continue
+        if receipt is None and name in listed:
+            damage.append(_damage(part, name, "has no receipt", where))
+        elif receipt is not None and listed.setdefault(name, receipt).sha256 != receipt.sha256:
+            damage.append(_damage(part, name, "has another receipt than the manifest lists", where))
+    for receipt in listed.values():
+        path = _file(part, receipt)
+        if not intact(path, receipt):
+            what = "differs from its receipt" if path.exists() else "is missing"
+            damage.append(_damage(part, receipt.shard, what, path))
+    foreign = foreign_files if part.stage == "checkpoints" else strangers
+    return damage + [_damage(part, p.stem, "is no part of what was made", p) for p in foreign(part, manifest)]
+
+
+def _without_manifest(run: Run) -> list[Part]:
+    """Stages whose tables are there, and their manifest is not."""
+    found = []
+    for stage in VERBS:
+        for folder in sorted({path.parent for path in (run.root / stage).rglob("*.parquet")}):
+            place = folder.relative_to(run.root / stage).parts
+            number = re.fullmatch(r"round-(\d+)|start", place[-1]) if place else None
+            if number and len(place) < 3:
+                name = place[0] if len(place) == 2 else None
+                part = Part(run.root, stage, int(number[1]) if number[1] else "start", name)
+                found += [part] if not part.manifest_path.exists() else []
+    return found
 
 
 def _file(part: Part, receipt: Receipt) -> Path:

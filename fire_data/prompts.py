@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fire_data import files
 from fire_data.schedule import hash_text
 from fire_data.schemas.errors import ConfigError, DataError
 from fire_data.schemas.manifest import digest
@@ -38,9 +39,10 @@ def read_prompts(path: str, base: Path, *, need_answer: bool = False, setting: s
     path = path if path.startswith(_HUB) else str(file)
     given = _parquet_rows(file, path) if file.suffix == ".parquet" else _jsonl_rows(file, path)
     rows, places = [], []
-    for values, where in given:
-        rows.append(_row(values, where, need_answer))
-        places.append(where)
+    with files.storage_errors(path):
+        for values, where in given:
+            rows.append(_row(values, where, need_answer))
+            places.append(where)
     if not rows:
         raise DataError("there is no prompt in the file", where=path, fix='one JSON object a line: {"messages": [...]}')
     _name(rows, places)
@@ -75,15 +77,17 @@ def _download(path: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from fire_data.hub.client import line_of
+
     owner, _, rest = path.removeprefix(_HUB).partition("/")
     name, _, inside = rest.partition("/")
     name, _, revision = name.partition("@")
-    if not (owner and name and inside):
+    if not (owner and name and inside) or {"", ".", ".."} & {*inside.split("/")}:
         raise ConfigError("a Hub path names a file", where=path, fix="hf://datasets/user/name/file.jsonl")
     try:
         return Path(hf_hub_download(f"{owner}/{name}", inside, repo_type="dataset", revision=revision or None))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        text = f"the Hub did not give the prompts: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        text = f"the Hub did not give the prompts: {line_of(error)}"
         raise DataError(text, where=path, fix="check the name, the network and `hf auth login`") from None
 
 
@@ -107,11 +111,11 @@ def _no_number(text: str) -> None:
 
 def _parquet_rows(file: Path, path: str) -> Iterator[tuple[Any, str]]:
     try:
-        table = pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.read_table(file, page_checksum_verification=True).to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # names that are no UTF-8, dates before 1
         fix = "copy the file again, or name a .jsonl file"
         raise DataError(f"not a readable Parquet file: {error}", where=path, fix=fix) from None
-    for number, row in enumerate(table.to_pylist()):
+    for number, row in enumerate(rows):
         # NaN is how data frames write a missing value, and the one value that differs from itself.
         yield {k: v for k, v in row.items() if v is not None and v == v}, f"{path}, row {number}"
 

@@ -128,7 +128,7 @@ class Run:
         """The rounds that were started, in order."""
         folder = self.root / ".fire" / "manifests"
         names = {p.stem for p in folder.rglob("round-*.json")} if folder.is_dir() else set()
-        return sorted(int(n.removeprefix("round-")) for n in names if n.removeprefix("round-").isdigit())
+        return sorted(int(n.removeprefix("round-")) for n in names if n.removeprefix("round-").isdecimal())
 
     def current_round(self) -> int:
         """The first round whose checkpoint is not sealed: what a stage command works on."""

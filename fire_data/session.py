@@ -16,8 +16,8 @@ from fire_data.outside import Outside, called
 from fire_data.run import Run
 from fire_data.schemas.config import ModelConfig, RayConfig
 from fire_data.schemas.errors import TokenizerError
-from fire_data.schemas.manifest import Manifest, digest
-from fire_data.shards import Part, read_manifest, verify_file
+from fire_data.schemas.manifest import digest
+from fire_data.shards import read_manifest, verify_checkpoint
 from fire_data.stages import Reporter, Silent
 from fire_data.vocabulary import Vocabulary
 
@@ -285,9 +285,3 @@ class Session:
     @property
     def _cache(self) -> Path:
         return self.run.root / ".fire" / "model-hashes.json"
-
-
-def verify_checkpoint(part: Part, manifest: Manifest | None) -> None:
-    """Raise DamagedError if a file of a checkpoint is not what its manifest says."""
-    for receipt in manifest.shards if manifest else ():
-        verify_file(part, part.folder / receipt.shard, receipt)

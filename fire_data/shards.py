@@ -15,25 +15,24 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
-from fire_data import files, partial
+from fire_data import files, partial, records
 from fire_data.schemas.errors import DamagedError, DataError, FingerprintError, IncompleteError, StorageError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
-from fire_data.schemas.tables import FORMAT, added_by, columns_of, conform
+from fire_data.schemas.tables import added_by, columns_of, conform
 
 VERBS = {
     "rollouts": "rollout", "scores": "score", "addons": "score", "weights": "weigh", "checkpoints": "train",
     "evals": "eval",
 }  # fmt: skip
-_T = TypeVar("_T", Manifest, Receipt)
 _BY_COLUMN = ("scores", "addons")  # stages of which readers want few of many columns: receipts have a digest of each
 _ZSTD = 1  # bench/storage.py: level 19 saves 4 % and takes 26 times as long
+_LOADED = {".json", ".jinja", ".safetensors", ".bin", ".pt", ".model", ".txt", ".py"}  # what loaders of models read
 _ROW_GROUP_BYTES = 64 << 20  # the Hub's viewer refuses row groups over 286 MiB
 
 
@@ -55,6 +54,11 @@ class Part:
     def _path(self) -> tuple[str, str]:
         stage = f"{self.stage}/{self.name}" if self.name else self.stage
         return stage, self.round if isinstance(self.round, str) else f"round-{self.round:03d}"
+
+    @property
+    def place(self) -> tuple[str, str | None, int]:
+        """Stage, name and round as its manifest tells them: a word in place of a round is -1."""
+        return self.stage, self.name, self.round if isinstance(self.round, int) else -1
 
     @property
     def table(self) -> str:
@@ -114,29 +118,21 @@ class Part:
 
 
 def read_manifest(part: Part) -> Manifest | None:
-    """The stage's manifest, open or sealed; None if it was never started. Raises DataError if it is not one."""
-    value = files.read_json(part.manifest_path, "a manifest", fix=f"{part.command} --redo")
-    return None if value is None else _record(Manifest, value, part.manifest_path, f"{part.command} --redo")
+    """The stage's manifest, open or sealed; None if it was never started. Raises DamagedError if it is not that."""
+    manifest = records.read(Manifest, part.manifest_path, part.command)
+    if manifest is not None and (manifest.stage, manifest.name, manifest.round) != part.place:
+        text = f"this is the manifest of {manifest.stage} {manifest.name or ''} round {manifest.round}"
+        raise DamagedError(text, where=str(part.manifest_path), fix=part.command)
+    return manifest
 
 
 def read_receipt(part: Part, shard: str) -> Receipt | None:
-    """The receipt of a shard; None if there is none. Raises DataError if it is not one."""
+    """The receipt of a shard; None if there is none. Raises DamagedError if it is not that."""
     path = part.receipt_path(shard)
-    value = files.read_json(path, "a receipt", fix=part.command)
-    return None if value is None else _record(Receipt, value, path, part.command)
-
-
-def _record(kind: type[_T], value: object, path: Path, fix: str) -> _T:
-    found = value.get("format") if isinstance(value, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        text = f"format {found} is newer than this version reads ({FORMAT})"
-        raise DataError(text, where=str(path), fix="pip install --upgrade fire-opd")
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        text = f"not a {kind.__name__.lower()}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise DataError(text, where=str(path), fix=fix) from None
+    receipt = records.read(Receipt, path, part.command)
+    if receipt is not None and receipt.shard != shard:
+        raise DamagedError(f"this is the receipt of shard {receipt.shard}", where=str(path), fix=part.command)
+    return receipt
 
 
 def is_sealed(part: Part) -> bool:
@@ -177,7 +173,7 @@ def write_shard(part: Part, shard: Shard, table: pa.Table, fingerprint: str, sta
     with files.storage_errors(final):
         scratch = files.temporary(part.tmp, f"{shard.name}.parquet")
         try:
-            write_parquet(scratch, table, fingerprint)
+            write_parquet(scratch, table, fingerprint, shard.name)
             files.fsync_file(scratch)
             seconds = time.monotonic() - started
             receipt = _receipt(scratch, part.table, shard.name, table, fingerprint, seconds)
@@ -206,7 +202,7 @@ def put_receipt(part: Part, receipt: Receipt) -> None:
         if part.stage in _BY_COLUMN and not receipt.columns:
             digests = partial.column_digests(part.file(receipt.shard))
             receipt = receipt.model_copy(update={"columns": digests})
-        files.create_json(path, receipt.model_dump(mode="json"), part.tmp)
+        files.create_bytes(path, records.to_bytes(receipt), part.tmp)
 
 
 def require_current(part: Part, fingerprint: str) -> None:
@@ -231,9 +227,14 @@ def _fingerprint(part: Part, *_file: int) -> str | None:
     return manifest.fingerprint if manifest else None
 
 
-def write_parquet(path: Path, table: pa.Table, fingerprint: str) -> None:
-    """Write a table as all shards are written, with the fingerprint in the footer."""
-    metadata = {**(table.schema.metadata or {}), b"fire.fingerprint": fingerprint.encode()}
+def write_parquet(path: Path, table: pa.Table, fingerprint: str, shard: str = "") -> None:
+    """Write a table as all shards are written, with the fingerprint in the footer, and which shard of a stage it is:
+    one that lost its receipt must not be taken for another."""
+    metadata = {
+        **(table.schema.metadata or {}),
+        b"fire.fingerprint": fingerprint.encode(),
+        b"fire.shard": shard.encode(),
+    }
     rows = max(1, min(table.num_rows, table.num_rows * _ROW_GROUP_BYTES // max(1, table.nbytes)))
     settings = parquet_settings(table.schema)
     pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=rows, **settings)
@@ -327,7 +328,7 @@ def _parsed(data: bytes, table: str) -> pa.Table | None:
 def _writes_the_same(part: Part, path: Path, table: pa.Table, fingerprint: str) -> bool:
     scratch = files.temporary(part.tmp, path.name)
     try:
-        write_parquet(scratch, table, fingerprint)
+        write_parquet(scratch, table, fingerprint, path.stem)
         return files.sha256_file(scratch) == files.sha256_file(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -344,6 +345,24 @@ def verify_file(part: Part, path: Path, receipt: Receipt) -> Path:
         what = "a file is missing" if not path.exists() else "a file's bytes are not those of its receipt"
         raise DamagedError(what, where=f"{part.label}, {receipt.shard} ({path})", fix=part.command)
     return path
+
+
+def verify_checkpoint(part: Part, manifest: Manifest | None) -> None:
+    """Raise DamagedError unless the files of a checkpoint are those of its manifest, and there is none beside them that
+    would be loaded with them."""
+    if manifest is None:
+        return
+    for receipt in manifest.shards:
+        verify_file(part, part.folder / receipt.shard, receipt)
+    if found := foreign_files(part, manifest):
+        text = f"{found[0].name} is no part of the checkpoint, but would be loaded with it"
+        raise DamagedError(text, where=str(found[0]), fix=f"move it out of {part.folder}")
+
+
+def foreign_files(part: Part, manifest: Manifest) -> list[Path]:
+    """Files in a checkpoint's folder that loaders of models look for and that its manifest does not name."""
+    ours = {part.folder / receipt.shard for receipt in manifest.shards}
+    return sorted(p for p in part.folder.rglob("*") if p.suffix in _LOADED and p not in ours) if ours else []
 
 
 def read_shard(
@@ -389,10 +408,9 @@ def _with_columns(part: Part, receipt: Receipt) -> Receipt | None:
 
 def _verified(part: Part, receipt: Receipt) -> bytes:
     """The bytes of a shard, compared with its receipt."""
-    try:
-        data = part.file(receipt.shard).read_bytes()
-    except OSError:
-        data = b""
+    path, data = part.file(receipt.shard), b""
+    with files.storage_errors(path), contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != receipt.sha256:
         verify_shard(part, receipt)
         raise DamagedError(

@@ -12,17 +12,18 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from fire_data import files
+from fire_data import files, records
 from fire_data.kept import Kept
-from fire_data.schemas.errors import DataError, FingerprintError
+from fire_data.schemas.errors import DamagedError, DataError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, differences, digest
 from fire_data.shards import Part, adopt, intact, read_manifest, read_receipt, require_current, write_shard
 
@@ -100,8 +101,8 @@ def open_stage(stage: Stage) -> Manifest:
         stage=part.stage, name=part.name, round=part.round if isinstance(part.round, int) else -1,
         fingerprint=stage.fingerprint, fields=stage.fields, plan=stage.plan, recorded=stage.recorded,
     )  # fmt: skip
-    found = read_manifest(part)
-    if found is None and files.create_json(part.manifest_path, fresh.model_dump(mode="json"), part.tmp):
+    found = _found(stage)
+    if found is None and files.create_bytes(part.manifest_path, records.to_bytes(fresh), part.tmp):
         return fresh
     found = found or read_manifest(part)
     if found is None:
@@ -111,7 +112,7 @@ def open_stage(stage: Stage) -> Manifest:
     if found.fingerprint != stage.fingerprint and _untouched(part, found):
         with files.locked(part.lock):
             if _untouched(part, found):
-                files.replace_json(part.manifest_path, fresh.model_dump(mode="json"), part.tmp)
+                files.replace_bytes(part.manifest_path, records.to_bytes(fresh), part.tmp)
                 return fresh
     if found.fingerprint != stage.fingerprint:
         changed = differences(found.fields, stage.fields)
@@ -122,11 +123,43 @@ def open_stage(stage: Stage) -> Manifest:
     return found
 
 
+def _found(stage: Stage) -> Manifest | None:
+    """The manifest that is there. A damaged one is set aside if this very stage can be seen to have made the rest.
+
+    Raises DamagedError if it cannot: there may be other settings behind it.
+    """
+    part = stage.part
+    try:
+        return read_manifest(part)
+    except DamagedError:
+        with files.locked(part.lock):
+            try:
+                return read_manifest(part)  # another process may have mended it since
+            except DamagedError as error:
+                if not _ours(stage):
+                    raise DamagedError(error.what, where=error.where, fix=f"{part.command} --redo") from None
+                files.set_aside([part.manifest_path], part.orphans)
+    return None
+
+
+def _ours(stage: Stage) -> bool:
+    """True if nothing was made, or all receipts are of this stage; a checkpoint is exported again from its state."""
+    part = stage.part
+    if not part.folder.exists() or (part.stage == "checkpoints" and any(_states(part))):
+        return True
+    receipts = [r for shard in stage.plan if (r := _readable(part, shard)) is not None]
+    return bool(receipts) and all(r.fingerprint == stage.fingerprint for r in receipts)
+
+
+def _states(part: Part) -> Iterator[Path]:
+    """The folders of training states of a round."""
+    return (part.root / ".fire" / "train").glob(f"step-*-round-{part.round:03d}*")
+
+
 def _untouched(part: Part, manifest: Manifest) -> bool:
     """True if a stage was begun and failed before it made anything: another attempt is not a change of settings."""
     made = [*part.receipts.glob("*"), *part.folder.glob("*")]
-    states = (part.root / ".fire" / "train").glob(f"step-*-round-{part.round:03d}*") if manifest.round >= 0 else ()
-    return not manifest.sealed and not made and not (part.stage == "checkpoints" and any(states))
+    return not manifest.sealed and not made and not (part.stage == "checkpoints" and any(_states(part)))
 
 
 def finished(part: Part) -> str:
@@ -154,6 +187,7 @@ def run_stage(
     part, report = stage.part, report or Silent()
     files.remove_leftovers(part.tmp)
     manifest = open_stage(stage)
+    _set_strangers_aside(part, manifest, report)
     receipts = {shard.name: _existing(part, shard, manifest, report) for shard in manifest.plan}
     if manifest.sealed and [r.sha256 if r else None for r in receipts.values()] == [r.sha256 for r in manifest.shards]:
         report.note(finished(part))
@@ -266,8 +300,23 @@ def seal(
     finished = manifest.model_copy(update=values)
     with files.locked(part.lock):
         require_current(part, manifest.fingerprint)
-        files.replace_json(part.manifest_path, finished.model_dump(mode="json"), part.tmp)
+        files.replace_bytes(part.manifest_path, records.to_bytes(finished), part.tmp)
     return finished
+
+
+def strangers(part: Part, manifest: Manifest) -> list[Path]:
+    """Parquet files in a stage's folder that are no shards of its plan: who reads the folder would read them too."""
+    planned = {shard.name for shard in manifest.plan}
+    return sorted(p for p in part.folder.glob("*.parquet") if p.stem not in planned)
+
+
+def _set_strangers_aside(part: Part, manifest: Manifest, report: Reporter) -> None:
+    if strangers(part, manifest):
+        with files.locked(part.lock):
+            require_current(part, manifest.fingerprint)
+            found = strangers(part, manifest)
+            report.warn(f"{part.label}: set aside what is no shard of it: {', '.join(p.name for p in found)}")
+            files.set_aside(found, part.orphans)
 
 
 def _existing(part: Part, shard: Shard, manifest: Manifest, report: Reporter) -> Receipt | None:

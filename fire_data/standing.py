@@ -95,3 +95,13 @@ def _receipt(part: Part, shard: str, seen: Seen) -> Receipt | None:
             return None
         seen[key] = receipt
     return seen[key]
+
+
+def nonfinite_steps(run: Run, round: int) -> int | None:
+    """Steps of a round that were skipped as loss or gradient was not finite; None where nothing was trained."""
+    manifest = read_manifest(run.part("checkpoints", round))
+    if manifest is None:
+        return None
+    if manifest.sealed:
+        return int(manifest.stats.get("nonfinite_steps", 0))
+    return sum("nonfinite" in r for r in metrics.steps(run.root / "metrics.jsonl", round))

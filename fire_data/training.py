@@ -68,10 +68,13 @@ def train_step(
     *,
     gauge: bool = False,
 ) -> dict[str, Any]:
-    """Do one optimizer step (or skip it, if no token is kept) and return its metrics.
+    """Do one optimizer step (or skip it, if no token is kept or a number is not finite) and return its metrics.
 
     With `gauge` a step whose drift, measured before its update, crosses `train.max_drift_kl` or `train.min_ess` is not
     applied: weights and moments are as before, and `stopped_by` in the metrics names the setting.
+
+    A step whose loss or gradient norm is not finite is not applied either: `nonfinite` is true in its metrics, which
+    are those of a skipped step, with None for what is not finite. On several processes all skip it or none does.
 
     Only tokens with a coefficient other than 0, of either stream, can contribute: the head is applied to these alone,
     a row goes through the model up to the last of them, and rows without any (dropped by the filter) not at all.
@@ -87,8 +90,7 @@ def train_step(
 
     Raises:
         DataError: a candidate of the teacher's top-k is no id the student can learn (see `topk_of`).
-        TrainingError: the master weights have the wrong dtype, or loss or gradient norm is not finite; the optimizer
-            was not called and weights and moments are as before.
+        TrainingError: the master weights have the wrong dtype.
     """
     started = time.perf_counter()
     _require_master_dtype(model, cfg)
@@ -112,24 +114,18 @@ def train_step(
         stopped = {"trained_tokens": int(statistics["tokens"]), **drift, "stopped_by": bound}
         return metrics | stopped | {"seconds": time.perf_counter() - started}
     norm = distributed.clip_gradient(model.parameters(), cfg.max_grad_norm or math.inf)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimizer.zero_grad(set_to_none=True)
-        raise TrainingError(
-            f"loss {loss} and gradient norm {norm} are not both finite; the weights were not changed",
-            where=f"global step {global_step} (step {batch.step} of its round)",
-            fix="look at the step's scores and coefficients (fire inspect RUN), lower train.lr, or train in float32",
-        )
-    optimizer.step()
+    finite = distributed.tell(math.isfinite(loss) and math.isfinite(norm))
+    if finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     through = sum(len(r) for i, r in enumerate(batch.response_ids) if batch.active(i).any())
+    numbers = {"loss": loss, **dict.fromkeys(second, fkl_loss), "grad_norm": norm, **drift}
     return metrics | {
         "trained_tokens": int(statistics["tokens"]),
-        "loss": loss,
-        **dict.fromkeys(second, fkl_loss),
-        "grad_norm": norm,
-        **drift,
-        "skipped": False,
+        **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
+        "skipped": not finite,
+        **({} if finite else {"nonfinite": True}),
         "seconds": seconds,
         "tokens_per_second": through / seconds,
     }

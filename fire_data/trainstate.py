@@ -271,8 +271,10 @@ def _require_same(
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / META
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        with storage_errors(path):
+            data = path.read_bytes() if path.is_file() else b""
+        record = json.loads(data)
+    except ValueError as error:
         raise DamagedError(f"{META} cannot be read: {error}", where=str(path), fix=_REDO) from None
     if not isinstance(record, dict) or record.pop("sha256", None) != digest(record):
         raise DamagedError(f"{META} is not the file that was written", where=str(path), fix=_REDO)
@@ -320,10 +322,15 @@ def _with_dtype(config: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """`storage_errors` that also knows safetensors, which reports a full disk as an error of its own."""
+    """`storage_errors` that also knows safetensors and tokenizers: what the system refuses is an error of its own kind
+    in the one, a plain Exception in the other."""
     with storage_errors(folder):
         try:
             yield
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
+        except OSError:
+            raise
+        except Exception as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None and not isinstance(error, SafetensorError):
+                raise
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(folder)) from error

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from fire_data.engines import Progress, tail_bound
 from fire_data.sampling import Sampling, seed_of
 from fire_data.schemas.config import VllmConfig
-from fire_data.schemas.errors import ConfigError, DataError, EngineError, PartialError, TokenizerError
+from fire_data.schemas.errors import NOT_FINITE, ConfigError, DataError, EngineError, PartialError, TokenizerError
 from fire_data.schemas.tables import EVALUATED, FLOATS, IDS, TOPK_BOUND
 from fire_data.vllm_process import Process
 from fire_data.vllm_worker import fire_vllm
@@ -320,7 +320,7 @@ def _columns(signals: dict[str, Any], found: Parts, rows: Sequence[int]) -> dict
 
 def _require_finite(values: Any) -> None:
     if not np.isfinite(values).all():
-        raise EngineError("vLLM gave logprobs that are not finite", fix="look for NaN in the weights, or another dtype")
+        raise EngineError("vLLM gave logprobs that are not finite", fix=NOT_FINITE)
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,9 @@ class TrainConfig(Section):
     )
     keep_states: Literal["last", "all"] = _field("last", "optimizer states to keep under .fire/train")
     save_every: int = _perf(0, "also save the training state every so many steps; 0: at the end of a round", ge=0)
+    max_nonfinite_steps: int = _perf(
+        3, "steps of a round skipped because loss or gradient is not finite; one more ends training; 0: the first", ge=0
+    )
     tokens_per_microbatch: int = _perf(8192, "tokens per forward and backward pass, padding included", ge=1)
     packing: Literal["auto", "on", "off"] = _perf(
         "auto", "rows one after the other instead of padded; auto: where attention takes rows of any length (flash)"

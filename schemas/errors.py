@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+NOT_FINITE = "look for NaN in the models' weights, or use another dtype (student.dtype, teacher.dtype)"
+"""What to do where a model gave a number that is not finite."""
+
 
 class FireError(Exception):
     """Something failed. `what` is the fact, `where` the place (stage, shard, row, column), `fix` a command."""

@@ -263,8 +263,10 @@ def arrow_schema(table: str) -> pa.Schema:
     return pa.schema(fields, metadata={"fire.table": table, "fire.format": str(FORMAT)})
 
 
-def conform(data: pa.Table, table: str, where: str) -> pa.Table:
+def conform(data: pa.Table, table: str, where: str, fix: str | None = None) -> pa.Table:
     """Return `data` with exactly the columns, order and types of `table`, or raise DataError naming row and column.
+
+    `fix`: what to do about a number that is not finite.
 
     Checked: required columns, types, nulls, token columns as long as `response_ids` (or as the first of them, which
     stands for it in tables without), floats that are not finite, and that the lists of a top-k row have one length.
@@ -276,7 +278,7 @@ def conform(data: pa.Table, table: str, where: str) -> pa.Table:
     missing = [c.name for c in columns if c.name not in data.column_names and not c.nullable]
     if missing:
         raise DataError(f"column {missing[0]!r} is missing; there are: {', '.join(data.column_names)}", where=where)
-    arrays = [_column(data, c, where) for c in columns]
+    arrays = [_column(data, c, where, fix) for c in columns]
     fields = [c.field(_precision(data, c.name)) for c in columns]
     schema = pa.schema(fields, metadata={"fire.table": table, "fire.format": str(FORMAT)})
     result = pa.Table.from_arrays(arrays, schema=schema)
@@ -290,7 +292,7 @@ def _precision(data: pa.Table, name: str) -> dict[str, str]:
     return {PRECISION: metadata[PRECISION.encode()].decode()} if PRECISION.encode() in metadata else {}
 
 
-def _column(data: pa.Table, column: Column, where: str) -> pa.ChunkedArray:
+def _column(data: pa.Table, column: Column, where: str, fix: str | None) -> pa.ChunkedArray:
     if column.name not in data.column_names:
         return pa.chunked_array([pa.nulls(data.num_rows, column.type)])
     array = data[column.name]
@@ -304,16 +306,16 @@ def _column(data: pa.Table, column: Column, where: str) -> pa.ChunkedArray:
         row = pc.index(pc.is_null(array), True).as_py()
         raise DataError(f"column {column.name!r} has no value", where=f"{where}, row {row}")
     if column.per != "row":
-        _check_values(array, column, where)
+        _check_values(array, column, where, fix)
     elif pa.types.is_floating(array.type):
         bad = pc.fill_null(pc.invert(pc.is_finite(array)), False)
         if pc.any(bad).as_py():
             row = pc.index(bad, True).as_py()
-            raise DataError(f"column {column.name!r} holds {array[row].as_py()}", where=f"{where}, row {row}")
+            raise DataError(f"column {column.name!r} holds {array[row].as_py()}", where=f"{where}, row {row}", fix=fix)
     return array
 
 
-def _check_values(array: pa.ChunkedArray, column: Column, where: str) -> None:
+def _check_values(array: pa.ChunkedArray, column: Column, where: str, fix: str | None) -> None:
     """No null and no NaN or infinity inside a list column; the lists in a row of lists of lists have one length."""
     flat = pc.list_flatten(array)
     if flat.null_count == 0 and not pa.types.is_list(flat.type) and all(map(_all_finite, flat.chunks)):
@@ -330,7 +332,7 @@ def _check_values(array: pa.ChunkedArray, column: Column, where: str) -> None:
         start = sum(len(x) for x in array.slice(0, row).to_pylist() if x is not None)
         value = what(at) if what else flat[at].as_py()
         text = f"column {column.name!r} holds {value} at token {at - start}"
-        raise DataError(text, where=f"{where}, row {row}")
+        raise DataError(text, where=f"{where}, row {row}", fix=fix)
 
 
 def _all_finite(numbers: pa.Array) -> bool:

@@ -505,6 +505,50 @@ def test_an_error_nobody_thought_of_is_one_line_and_1(
     assert "tokens_per_batch" in answer.fix
 
 
+def test_a_panic_of_a_library_is_one_line_and_1(
+    tmp_path: Path, make_fake_run: MakeRun, fire: Fire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_fake_run(tmp_path / "run")
+
+    def panic(*args: Any) -> None:
+        raise pl.exceptions.PanicException("index out of bounds")
+
+    assert not issubclass(pl.exceptions.PanicException, Exception)
+    monkeypatch.setattr(stages, "round_of", panic)
+    expect(fire("rollout", run.root), 1, "internal error: PanicException: index out of bounds")
+
+
+def test_a_manifest_of_nothing_is_no_manifest_and_its_own_stage_mends_it(
+    tmp_path: Path, make_fake_run: MakeRun, fire: Fire
+) -> None:
+    run = make_fake_run(tmp_path / "run")
+    assert fire("rollout", run.root).code == 0
+    for text in ("null", '{"stats": {"x": NaN}}', '"\\ud800"'):
+        run.part("rollouts", 0).manifest_path.write_text(text)
+        for command in ("status", "score"):
+            expect(fire(command, run.root), 3, "the manifest is not readable")
+        assert fire("check", run.root).code == 3
+        assert fire("rollout", run.root).code == 0
+        assert fire("check", run.root).code == 0
+
+
+def test_scores_without_rows_are_told(tmp_path: Path, make_fake_run: MakeRun, fire: Fire) -> None:
+    run = make_fake_run(tmp_path / "run")
+    assert fire("rollout", run.root).code == 0
+    assert fire("score", run.root).code == 0
+    part = run.part("scores", 0)
+    manifest = read_manifest(part)
+    assert manifest is not None
+    receipts = []
+    for old in manifest.shards:
+        table = read_shard(part, old).slice(0, 0)
+        part.file(old.shard).unlink()
+        part.receipt_path(old.shard).unlink()
+        receipts.append(write_shard(part, Shard(name=old.shard, start=0, stop=0), table, manifest.fingerprint, 0.0))
+    part.manifest_path.write_text(manifest.model_copy(update={"shards": tuple(receipts)}).model_dump_json())
+    expect(fire("weigh", run.root), 3, "the scores have no rows")
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path, make_fake_run: MakeRun) -> None:
     run = make_fake_run(tmp_path / "run")
     script = "from fire_data.cli import main; main()"

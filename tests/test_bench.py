@@ -36,7 +36,7 @@ def _smoke(script: str) -> dict[str, Any]:
 
 
 def test_there_is_a_benchmark_per_stage() -> None:
-    names = "cli cluster peer report rollout rules scale score storage train vllm vllm_stages weigh"
+    names = "check cli cluster peer report rollout rules scale score storage train vllm vllm_stages weigh"
     assert names.split() == SCRIPTS
 
 

@@ -272,7 +272,7 @@ def test_speed_fields_are_these_and_no_others() -> None:
         *models, *places, "prompts.path", "rollout.rows_in_flight",
         "score.logits_budget_mb", "score.tokens_per_batch", "train.save_every", "train.tokens_per_microbatch",
         "train.logits_budget_mb", "train.gradient_checkpointing", "train.tracker", "train.device", "train.packing",
-        "train.attention", "eval.prompts", "verify.workers", "verify.allow_unsafe",
+        "train.attention", "train.max_nonfinite_steps", "eval.prompts", "verify.workers", "verify.allow_unsafe",
     }  # fmt: skip
 
 

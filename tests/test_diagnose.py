@@ -700,7 +700,7 @@ EDGES: dict[str, Callable[[], pl.DataFrame]] = {
 @pytest.mark.parametrize("facts", [Facts(), FACTS, Facts(earlier=(EARLY_ROUND, {**EARLY_ROUND, "round": 1}), round=2)])
 def test_nothing_crashes_at_the_edges_and_everything_is_plain_json(edge: str, facts: Facts) -> None:
     found = diagnose(measure(EDGES[edge]()), facts)
-    assert len({f.name for f in found}) == len(found) == 22
+    assert len({f.name for f in found}) == len(found) == 23
     for f in found:
         assert f.level in LEVELS
         assert f.measured
@@ -791,7 +791,7 @@ def test_the_table_for_people_has_the_worst_first_and_says_what_to_do(real: Run,
     table, *advice = answer.out.split("\n\n")
     lines = [line.split() for line in table.splitlines()]
     order = [LEVELS.index(w[0]) for w in lines if w and w[0] in LEVELS]
-    assert len(order) == 22
+    assert len(order) == 23
     assert order == sorted(order)
     assert len(advice) == sum(level != LEVELS.index("ok") for level in order)
     for block in advice:

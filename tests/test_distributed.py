@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
 from fire_data.training import ratio_check, train_step
 from fire_data.trainstate import load_state, save_state
-from tests.tinymodels import VOCABULARY, step_batch, tiny_model, train_config
+from tests.tinymodels import VOCABULARY, spoilt, step_batch, tiny_model, train_config
 
 STEPS, HALF = 20, 10
 MakeRun = Callable[..., Run]
@@ -70,8 +70,13 @@ def on(size: int, work: Callable[..., None], *arguments: Any) -> list[int]:
     return [int(code or 0) for code in codes]
 
 
-def steps(folder: Path, first: int, last: int, tied: bool, state: Path | None = None, **settings: Any) -> None:
-    """Train from a state, or from the start; leave the losses, and a state every `HALF` steps, in a folder."""
+def steps(
+    folder: Path, first: int, last: int, tied: bool, state: Path | None = None, bad: Sequence[int] = (), **settings: Any
+) -> None:
+    """Train from a state, or from the start; leave the losses, and a state every `HALF` steps, in a folder.
+
+    `bad`: steps whose last row, which one process has, is not finite.
+    """
     cfg = train_config(compute_dtype="float64", tokens_per_microbatch=24, **settings)
     model, scorer = tiny_model(dtype=torch.float64, tied=tied), tiny_model(dtype=torch.float64, tied=tied)
     head = head_of(model)
@@ -82,6 +87,7 @@ def steps(folder: Path, first: int, last: int, tied: bool, state: Path | None = 
     records = []
     for step in range(first, last):
         batch = step_batch(scorer, rows=1 + step % 9, seed=step, step=step)  # of one row, one process has nothing
+        batch = spoilt(batch, row=-1) if step in bad else batch
         if step == 0:
             ratio_check(model, head, batch, cfg, VOCABULARY, 1e-4)
         records.append(train_step(model, head, optimizer, batch, cfg, VOCABULARY, step))
@@ -93,7 +99,8 @@ def steps(folder: Path, first: int, last: int, tied: bool, state: Path | None = 
 
 def curve(folder: Path, first: int = 0) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = json.loads((folder / f"{first}.json").read_text())
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in r.items() if k not in timed and v is not None} for r in records]
 
 
 def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
@@ -156,6 +163,17 @@ def _steps_of(run: Run) -> list[dict[str, Any]]:
 
 
 # What goes wrong.
+
+
+def test_two_processes_skip_the_steps_that_are_not_finite_on_one_of_them(tmp_path: Path) -> None:
+    one, two, bad = tmp_path / "one", tmp_path / "two", (0, 3, 4)
+    for folder in (one, two):
+        folder.mkdir()
+    steps(one, 0, HALF, True, bad=bad)
+    assert on(2, _steps_with, two, 0, HALF, True, None, {"bad": bad}) == [0, 0]
+    assert [r["skipped"] for r in curve(two)] == [step in bad for step in range(HALF)]
+    same(curve(one), curve(two))
+    same_weights(one / str(HALF), two / str(HALF))
 
 
 def _fail(last: int) -> None:

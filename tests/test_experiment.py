@@ -288,6 +288,7 @@ def test_jobs_that_fail_or_die_cost_themselves_alone(lanes: int) -> None:
     ({"rounds": 0}, "rounds"),
     ({"round": 3}, "unknown key 'round'"),
     ({"seeds": [1, 1]}, "each once"),
+    ({"seeds": 10**12}, "more than 10000"),
     ({"claims": [{"arm": "fire", "holds": "better", "world": "tiny"}]}, "'fire', which is no arm"),
     ({"arms": {"teacher-x": {"rule": "uniform"}}}, "that of a teacher's own evaluation"),
     ({"claims": [{"arm": "same", "holds": "better", "world": "tiny", "against_setting": "multi"}]}, "tiny/multi"),

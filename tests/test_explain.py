@@ -33,7 +33,7 @@ from fire_data.steps.weigh import weigh
 from fire_data.tokenview import Piece
 from tests.ragged import ragged
 
-from .conftest import Answer
+from .conftest import Answer, edit_record
 
 MakeRun = Callable[..., Run]
 Fire = Callable[..., Answer]
@@ -382,7 +382,7 @@ def test_only_sealed_weights_of_the_scores_that_are_there_are_explained(scored: 
     assert answer.code == 4
     assert answer.fix == f"fire weigh {scored.root} --round 0 --rule fire-robust+esr"
     part = weighed(scored, "clip", "clip").part("weights", 0)
-    part.manifest_path.write_text(part.manifest_path.read_text().replace(sealed(scored.part("scores", 0)).digest, "0"))
+    edit_record(part.manifest_path, sealed(scored.part("scores", 0)).digest, "0")
     with pytest.raises(FingerprintError, match="scores: "):
         explain(scored, 0, "0", "clip")
 

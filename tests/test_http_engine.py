@@ -22,11 +22,9 @@ pytest.importorskip("httpx")
 pytest.importorskip("stamina")
 torch = pytest.importorskip("torch")
 
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 
 from fire_data.generate import TransformersGenerator  # noqa: E402
-from fire_data.http_dialect import Dialect, Malformed, read_sample, read_scores  # noqa: E402
+from fire_data.http_dialect import Dialect, Malformed, read_scores  # noqa: E402
 from fire_data.http_engine import HttpEngine, probe_difference  # noqa: E402
 from fire_data.http_probe import Abilities  # noqa: E402
 from fire_data.http_words import base_url  # noqa: E402
@@ -737,72 +735,6 @@ def test_samples_that_cannot_be_used_are_named_never_stored(server: ProtocolServ
     error = caught(lambda: make().generate(requests, Sampling(2, max_new_tokens=4)), PartialError)
     assert message in error.what
     assert "row 0 (trajectory a)" in error.where
-
-
-ANSWER = {
-    "choices": [
-        {
-            "prompt_logprobs": [
-                None,
-                *[{str(i): {"logprob": -1.0, "rank": 1}, "3": {"logprob": -2.0}} for i in (5, 6)],
-            ],
-            "token_ids": [5, 6],
-            "prompt_token_ids": [4],
-            "logprobs": {
-                "tokens": [f"token_id:{i}" for i in (4, 5, 6)],
-                "token_logprobs": [None, -1.0, -1.0],
-                "top_logprobs": [None, *[{f"token_id:{i}": -1.0, "token_id:3": -2.0} for i in (5, 6)]],
-            },
-        }
-    ]
-}
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["token_id:x", {}]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.just("5"), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to everything inside a JSON value."""
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [path, *[p for key, value in inner for p in places(value, (*path, key))]]
-
-
-@settings(max_examples=150)
-@given(st.data())
-def test_whatever_stands_anywhere_in_an_answer_it_is_read_or_malformed(data: st.DataObject) -> None:
-    answer = json.loads(json.dumps(ANSWER))
-    for path in data.draw(st.lists(st.sampled_from(places(ANSWER)), min_size=1, max_size=2)):
-        junk = data.draw(JUNK)
-        if not path:
-            answer = junk
-            continue
-        holder: Any = answer
-        try:
-            for key in path[:-1]:
-                holder = holder[key]
-            holder[path[-1]] = junk
-        except (TypeError, KeyError, IndexError):
-            continue
-    dialects = (
-        Dialect("prompt_logprobs", 2), Dialect("prompt_logprobs", 2, exact=True), Dialect("echo", 2, ranks=False)
-    )  # fmt: skip
-    for dialect in dialects:
-        try:
-            scores = read_scores(answer, dialect, [4, 5, 6], 1)
-        except Malformed:
-            continue
-        for values in (scores.logprob, scores.entropy, scores.max_logprob):
-            assert values.shape == (2,)
-            assert np.isfinite(values).all()
-        assert (scores.logprob <= scores.max_logprob).all()
-        assert (scores.entropy >= 0).all()
-    try:
-        sample = read_sample(answer, [4], 2, STOPS)
-    except Malformed:
-        return
-    assert len(sample.ids) == len(sample.logprobs)
 
 
 # The probe

@@ -20,6 +20,7 @@ from fire_data.shards import read_manifest
 from fire_data.steps.refresh import refresh
 from fire_data.steps.score import score
 from fire_data.steps.weigh import weigh
+from tests.conftest import edit_record, flip
 from tests.hub_server import TOKEN, Caller, Hub, Repo
 
 DATA = ("datasets", "me/data")
@@ -124,8 +125,17 @@ def test_a_damaged_file_of_a_pulled_run_is_mended_by_pulling_again(
     shard = tmp_path / "pulled/scores/round-000/00001.parquet"
     shard.unlink()
     shard.write_bytes(b"x")
+    records = [
+        tmp_path / "pulled/.fire" / name
+        for name in ("manifests/rollouts/round-000.json", "receipts/scores/round-000/00000.json")
+    ]
+    before = [path.read_bytes() for path in records]
+    for path in records:
+        flip(path, 30)
     done(caller.fire("pull", "me/data", tmp_path / "pulled"))
     assert shard.read_bytes() == (run.root / "scores/round-000/00001.parquet").read_bytes()
+    assert [path.read_bytes() for path in records] == before
+    assert check(open_run(tmp_path / "pulled")) == []
 
 
 def test_a_repository_is_private_unless_told_otherwise(run: Run, hub: Hub, caller: Caller) -> None:
@@ -379,7 +389,7 @@ def test_another_run_is_refused_in_both_directions(
     twin = tmp_path / "twin"
     shutil.copytree(run.root, twin)
     manifest = twin / ".fire/manifests/scores/round-000.json"
-    manifest.write_text(manifest.read_text().replace(read_manifest(run.part("scores", 0)).shards[0].sha256, "0" * 64))
+    edit_record(manifest, read_manifest(run.part("scores", 0)).shards[0].sha256, "0" * 64)
     assert "other rows" in caller.fire("push", twin, "me/data")["err"]
 
 
@@ -408,7 +418,7 @@ def test_what_is_not_sealed_or_not_there_is_not_pushed(run: Run, hub: Hub, calle
     assert hub.repos[DATA].tree == {}
     assert caller.fire("push", run.root, "me/data", "--licence", "MIT license!")["code"] == 2
     manifest = damaged / ".fire/manifests/checkpoints/round-001.json"
-    manifest.write_text(manifest.read_text().replace("model.safetensors", "pytorch_model.bin"))
+    edit_record(manifest, "model.safetensors", "pytorch_model.bin")
     pickled = caller.fire("push", damaged, "me/model", "--stage", "checkpoints")
     assert pickled["code"] == 2
     assert "is not safetensors" in pickled["err"]

@@ -103,6 +103,18 @@ def test_something_else_than_an_index_is_refused(text: str) -> None:
         read_index(text.encode(), "here")
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", '"\\ud800"'])
+@pytest.mark.parametrize("where", ["fields", "stats", "recorded", "seconds"])
+def test_an_index_that_could_not_be_written_again_is_refused(where: str, value: str) -> None:
+    """Else pulling would end in the middle: its manifests are written here as they are read there."""
+    stage = json.loads(made().model_dump_json())
+    holder = stage["shards"][0] if where == "seconds" else stage
+    holder[where] = "HERE" if where == "seconds" else {"x": "HERE"}
+    text = json.dumps({"format": 1, "stages": [stage]}).replace('"HERE"', value)
+    with pytest.raises(DataError, match="index"):
+        read_index(text.encode(), "here")
+
+
 def test_a_stage_is_named_once() -> None:
     with pytest.raises(DataError, match="twice"):
         read_index(write_index([made(), made()]), "here")

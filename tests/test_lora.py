@@ -40,7 +40,7 @@ from fire_data.steps.train import train
 from fire_data.steps.weigh import weigh
 from fire_data.training import EXACT_TOLERANCE, ROUNDED_TOLERANCE
 from fire_data.trainstate import export_checkpoint, load_state, save_state
-from tests import test_kill
+from tests.faults import kills
 from tests.test_trainstate import _tokenizer
 from tests.tinymodels import (
     SIZE,
@@ -339,7 +339,7 @@ def test_training_killed_in_the_middle_ends_in_the_same_bytes(make_run: MakeRun,
     shutil.copytree(whole.root, tmp_path / "killed")
     killed = open_run(tmp_path / "killed")
     train(session, 0)
-    child = test_kill._spawn(killed.root, "train")
+    child = kills.spawn(killed.root, "train")
     while child.is_alive() and not any((killed.root / ".fire" / "train").glob("step-*[2-9]-round-000")):
         time.sleep(0.01)
     assert child.is_alive(), "the kill comes before the end"

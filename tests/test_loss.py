@@ -94,15 +94,15 @@ def test_clip_removes_the_gradient_on_the_profitable_side_only() -> None:
 
 
 def test_dual_clip_bounds_the_loss_of_negative_coefficients_only() -> None:
-    log_ratio = torch.tensor([2.0, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    coefficient = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64)
-    old = torch.zeros(3, dtype=torch.float64)
+    log_ratio = torch.tensor([2.0, 1.0, 2.0, 0.0], dtype=torch.float64, requires_grad=True)
+    coefficient = torch.tensor([-1.0, -1.0, 1.0, 1e-3], dtype=torch.float64)
+    old = torch.zeros(4, dtype=torch.float64)
     plain = surrogate_loss(log_ratio, old, coefficient)
     dual = surrogate_loss(log_ratio, old, coefficient, dual_clip=3.0)
-    assert plain.item() == pytest.approx(math.exp(2) + math.e - 1.2)
-    assert dual.item() == pytest.approx(3.0 + math.e - 1.2)
+    assert plain.item() == pytest.approx(math.exp(2) + math.e - 1.201)
+    assert dual.item() == pytest.approx(3.0 + math.e - 1.201)
     dual.backward()
-    torch.testing.assert_close(log_ratio.grad, torch.tensor([0.0, math.e, 0.0], dtype=torch.float64))
+    torch.testing.assert_close(log_ratio.grad, torch.tensor([0.0, math.e, 0.0, -1e-3], dtype=torch.float64))
 
 
 def test_a_token_with_coefficient_zero_adds_nothing_whatever_it_holds() -> None:
@@ -160,3 +160,18 @@ def test_drift_estimates_the_divergence_of_old_from_now() -> None:
     reverse = (now_V.exp() * (now_V - old_V)).sum().item()
     assert estimate == pytest.approx(exact, rel=0.02)
     assert abs(exact - reverse) > 0.1 * exact
+
+
+def test_a_ratio_on_the_clip_range_is_not_clipped() -> None:
+    now = torch.tensor([1.5, 0.5], dtype=torch.float64).log()
+    found = ratio_statistics(now, torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, -1.0]), clip=0.5)
+    assert add_statistics([found])["clipped"] == 0
+    assert add_statistics([ratio_statistics(now, torch.zeros(2), torch.tensor([1.0, -1.0]), clip=0.49)])["clipped"] == 2
+
+
+def test_small_drifts_are_summed_in_double_precision() -> None:
+    old = torch.full((1000,), -2.0)
+    now = old + 2.0**-12
+    x = 2.0**-12
+    expected = 1000 * (x**2 / 2 + x**3 / 6)
+    assert ratio_statistics(now, old, torch.ones(1000))["drift_kl"].item() == pytest.approx(expected, rel=1e-6)

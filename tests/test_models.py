@@ -28,6 +28,7 @@ from fire_data.models import (
 )
 from fire_data.schemas.config import ModelConfig
 from fire_data.schemas.errors import ConfigError, DataError, EngineError
+from fire_data.schemas.manifest import digest
 
 torch.set_num_threads(1)
 SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -259,11 +260,13 @@ def test_the_fingerprint_cache_is_used_checked_and_mended(tiny: Path, tmp_path: 
     entries = json.loads(cache.read_text())
     assert len(entries) == 3
     key = str((tiny / "model.safetensors").resolve())
-    cache.write_text(json.dumps(entries | {key: [*entries[key][:-1], "0" * 64]}))
+    other = [*entries[key][:-2], "0" * 64]
+    cache.write_text(json.dumps(entries | {key: [*other, digest(other)]}))
     assert model_fingerprint(config(), tiny.parent, cache) != before
-    cache.write_text("{ damaged")
-    assert model_fingerprint(config(), tiny.parent, cache) == before
-    assert json.loads(cache.read_text()) == entries
+    for damaged in ("{ damaged", json.dumps(entries | {key: [*other, entries[key][-1]]})):
+        cache.write_text(damaged)
+        assert model_fingerprint(config(), tiny.parent, cache) == before
+        assert json.loads(cache.read_text()) == entries
     content = bytearray((tiny / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (tiny / "model.safetensors").write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http.server
 import json
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from fire_data.prompts import as_messages, prompts_digest, read_prompts
 from fire_data.schedule import round_slots, trajectory_id
-from fire_data.schemas.errors import ConfigError, DataError, FireError
+from fire_data.schemas.errors import ConfigError, DataError, FireError, StorageError
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -191,6 +192,20 @@ def test_a_damaged_parquet_file_is_a_data_error(tmp_path: Path) -> None:
         read_prompts("p.parquet", tmp_path)
 
 
+@pytest.mark.parametrize("what", ["text", "name", "date"])
+def test_parquet_that_holds_what_python_does_not_know_is_a_data_error(tmp_path: Path, what: str) -> None:
+    """A format that others write: text that is no UTF-8, and dates before the year 1."""
+    bad = pa.array([b"\xff\xfe"]).view(pa.string()) if what == "text" else pa.array(["a"])
+    date = pa.array([-(2**31)], pa.int32()).view(pa.date32())
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": bad, "when": date} if what == "date" else {"prompt": bad}), path)
+    if what == "name":
+        path.write_bytes(path.read_bytes().replace(b"prompt", b"pro\xffpt"))
+    with pytest.raises(DataError, match="not a readable Parquet file") as caught:
+        read_prompts("p.parquet", tmp_path)
+    assert caught.value.fix
+
+
 def test_the_digest_knows_the_content_and_not_the_order(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "prompt_id": "1"}, {"prompt": "b", "prompt_id": "2"}]
 
@@ -321,3 +336,14 @@ def test_a_trajectory_has_one_name_in_all_runs_with_its_seed() -> None:
     assert all(len(n) == 32 and set(n) <= set("0123456789abcdef") for n in names)
     # Written down: a change of this name would unpair every run made before.
     assert trajectory_id(0, 0, "p", 0) == "c7f49e936d72b281c849f1408b4b606d"
+
+
+def test_a_disk_that_fails_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+
+    def fails(*arguments: Any, **named: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fails)
+    with pytest.raises(StorageError, match="the file system failed"):
+        read_prompts("p.jsonl", tmp_path)

@@ -34,7 +34,7 @@ from fire_data.schemas.tables import JOINT, conform
 from fire_data.stages import Stage, plan_shards, run_stage
 from fire_data.steps.compare import compare
 from fire_data.tokenview import Piece
-from tests.conftest import Answer, flip, shard_files
+from tests.conftest import Answer, edit_record, flip, shard_files
 from tests.reported import Row, make_report_run, many
 
 Fire = Callable[..., Answer]
@@ -256,6 +256,7 @@ def test_rounds_are_paired_by_prompt_and_sample_else_by_stratum(tmp_path: Path) 
         manifests = ".fire/manifests"
         source = tmp_path / "alien" / manifests / stage / "round-000.json"
         source.rename(alien.root / manifests / stage / "round-001.json")
+        edit_record(alien.root / manifests / stage / "round-001.json", round=1)
     write_report(alien, tmp_path / "apart.html", round=0, against=1)
     html = (tmp_path / "apart.html").read_text()
     assert "share no prompt" in html

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fire_data import files, shards
+from fire_data import records, shards
 from fire_data.schemas.errors import EngineError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Shard
 from fire_data.schemas.tables import conform
@@ -75,13 +75,13 @@ def test_failing_calls_and_late_shards_leave_no_gap_and_no_row_twice(tmp_path: P
 
 def test_the_manifest_is_not_read_with_every_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    real: Callable[..., Any] = files.read_json
+    real: Callable[..., Any] = records.read
 
-    def counting(path: Path, *rest: Any, **more: Any) -> Any:
+    def counting(kind: Any, path: Path, fix: str) -> Any:
         read.append(path)
-        return real(path, *rest, **more)
+        return real(kind, path, fix)
 
-    monkeypatch.setattr(files, "read_json", counting)
+    monkeypatch.setattr(records, "read", counting)
     counts = {}
     for number in (5, 40):
         made = stage(tmp_path / str(number), number)

@@ -20,7 +20,7 @@ from fire_data.shards import read_manifest, read_receipt
 from fire_data.stages import Silent
 from fire_data.steps.rollout import rollout
 
-from .conftest import PROMPTS, Answer, flip, shard_files
+from .conftest import PROMPTS, Answer, edit_record, flip, shard_files
 
 Fire = Callable[..., Answer]
 MakeRun = Callable[..., Run]
@@ -273,8 +273,7 @@ def test_every_fix_of_an_incomplete_run_leads_on_to_the_goal(tmp_path: Path, mak
 
 def test_a_stage_that_is_started_but_not_sealed_is_no_input(scored: Run, fire: Fire) -> None:
     part = scored.part("rollouts", 0)
-    manifest = json.loads(part.manifest_path.read_text())
-    part.manifest_path.write_text(json.dumps({**manifest, "state": "open", "shards": []}))
+    edit_record(part.manifest_path, state="open", shards=[])
     answer = fire("score", scored.root)
     assert answer.code == 4
     assert "rollouts round-000 is not finished" in answer.err
@@ -409,8 +408,7 @@ def test_status_says_what_is_done_and_what_is_next(tmp_path: Path, make_fake_run
 def test_check_lists_unreadable_receipts_and_missing_files(scored: Run, fire: Fire) -> None:
     good = fire("check", scored.root, "--json")
     assert (good.code, good.json) == (0, [])
-    manifest = json.loads(scored.part("rollouts", 0).manifest_path.read_text())
-    scored.part("rollouts", 0).manifest_path.write_text(json.dumps({**manifest, "state": "open", "shards": []}))
+    edit_record(scored.part("rollouts", 0).manifest_path, state="open", shards=[])
     scored.part("rollouts", 0).receipt_path("00000").write_text("{")
     scored.part("scores", 0).file("00001").unlink()
     answer = fire("check", scored.root, "--json")
@@ -488,10 +486,10 @@ def test_weights_about_other_trajectories_are_refused(scored: Run, fire: Fire) -
         b.rename(a)
         (where / "x").rename(b)
     path = scored.part("weights", 0).manifest_path
-    manifest = json.loads(path.read_text())
-    names = [s["shard"] for s in manifest["shards"]]
-    manifest["shards"][:2] = [{**s, "shard": n} for s, n in zip(manifest["shards"][1::-1], names, strict=False)]
-    path.write_text(json.dumps(manifest))
+    shards = json.loads(path.read_text())["shards"]
+    names = [s["shard"] for s in shards]
+    shards[:2] = [{**s, "shard": n} for s, n in zip(shards[1::-1], names, strict=False)]
+    edit_record(path, shards=shards)
     with pytest.raises(DataError, match="about different trajectories"):
         scored.weights().collect()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -37,7 +38,7 @@ from fire_data.shards import (
 )
 from fire_data.stages import Stage, open_stage, plan_shards, run_stage, set_stage_aside
 
-from .conftest import flip, shard_files
+from .conftest import edit_record, flip, shard_files
 
 FIELDS = {"seed": 0}
 FINGERPRINT = digest(FIELDS)
@@ -271,6 +272,7 @@ def test_a_receipt_counts_what_was_written(part: Part) -> None:
     assert "pyarrow" in receipt.versions
     metadata = pq.read_metadata(part.file("00000")).metadata
     assert metadata[b"fire.fingerprint"] == FINGERPRINT.encode()
+    assert metadata[b"fire.shard"] == b"00000"
     assert metadata[b"fire.table"] == b"rollouts"
     assert metadata[b"fire.format"] == b"1"
 
@@ -284,6 +286,20 @@ def test_a_whole_file_without_receipt_is_adopted(part: Part) -> None:
     assert (adopted.sha256, adopted.rows, adopted.tokens) == (receipt.sha256, receipt.rows, receipt.tokens)
     assert part.file("00000").stat().st_ino == before
     assert read_receipt(part, "00000") == adopted
+
+
+def test_a_shard_that_lost_its_receipt_is_not_taken_for_another(tmp_path: Path) -> None:
+    """Both are whole and of this very stage: only their footers say which is which."""
+    work = stage(tmp_path / "run", 8)
+    run_stage(work, make)
+    first, second = shard_files(work.part)
+    whole = first.read_bytes(), second.read_bytes()
+    first.write_bytes(whole[1])
+    second.write_bytes(whole[0])
+    for path in work.part.receipts.iterdir():
+        path.unlink()
+    run_stage(work, make)
+    assert (first.read_bytes(), second.read_bytes()) == whole
 
 
 @pytest.mark.parametrize("state", ["foreign", "truncated", "empty", "text", "another table"])
@@ -366,17 +382,72 @@ def test_a_receipt_that_is_garbage_is_an_error_to_readers_and_written_again(tmp_
     assert {p.name: p.stat().st_ino for p in shard_files(work.part)} == before
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"stage": "rollouts"}'])
-def test_a_manifest_that_is_garbage_is_an_error_with_the_way_out(part: Part, text: str) -> None:
-    part.manifest_path.write_text(text)
-    with pytest.raises(DataError) as caught:
-        read_manifest(part)
-    assert str(caught.value.fix).endswith("--redo")
-    set_stage_aside(part)
-    assert read_manifest(part) is None
+@pytest.mark.parametrize("text", ["{", "[1]", '{"stage": "rollouts"}', "no JSON"])
+def test_a_manifest_that_is_garbage_is_refused_by_readers_and_mended_by_its_stage(tmp_path: Path, text: str) -> None:
+    work = stage(tmp_path / "run", 8)
+    before = run_stage(work, make)
+    whole = {p.name: p.read_bytes() for p in shard_files(work.part)}
+    work.part.manifest_path.write_text(text)
+    with pytest.raises(DamagedError) as caught:
+        sealed(work.part)
+    assert (caught.value.where, caught.value.fix) == (str(work.part.manifest_path), work.part.command)
+    other = stage(tmp_path / "run", 8, fields={"seed": 1})
+    with pytest.raises(DamagedError) as caught:
+        run_stage(other, make)
+    assert str(caught.value.fix).endswith("--redo"), "shards of other settings are not taken over unseen"
+    assert run_stage(work, lambda shard: pytest.fail("whole shards must not be computed again")).digest == before.digest
+    assert {p.name: p.read_bytes() for p in shard_files(work.part)} == whole
+    assert orphans(work.part) == [".fire/manifests/rollouts/round-000.json"]
+
+
+def test_a_changed_byte_of_a_receipt_or_manifest_is_never_believed(tmp_path: Path) -> None:
+    """Counts of rows decide which tokens make a step, so they must be as safe as the shards."""
+    work = stage(tmp_path / "run", 8)
+    run_stage(work, make)
+    part = work.part
+    for path, read in (
+        (part.manifest_path, lambda: read_manifest(part)),
+        (part.receipt_path("00001"), lambda: read_receipt(part, "00001")),
+    ):
+        good, value = path.read_bytes(), read()
+        for offset in range(len(good)):
+            flip(path, offset, offset % 8)
+            with contextlib.suppress(DamagedError):
+                assert read() == value, offset  # one bit of the word "checksum"
+            path.write_bytes(good)
+        path.write_text(json.dumps(json.loads(good) | {"rows": 9}))
+        with pytest.raises(DamagedError, match="by something else"):
+            read()
+        path.write_bytes(good)
+
+
+def test_a_record_in_the_place_of_another_is_not_taken_for_it(tmp_path: Path) -> None:
+    work = stage(tmp_path / "run", 8)
+    run_stage(work, make)
+    part, later = work.part, Part(tmp_path / "run", "rollouts", 1)
+    later.manifest_path.write_bytes(part.manifest_path.read_bytes())
+    with pytest.raises(DamagedError, match="the manifest of rollouts"):
+        read_manifest(later)
+    part.receipt_path("00001").write_bytes(part.receipt_path("00000").read_bytes())
+    with pytest.raises(DamagedError, match="the receipt of shard 00000"):
+        read_receipt(part, "00001")
+    before = {p.name: p.stat().st_ino for p in shard_files(part)}
+    run_stage(work, lambda shard: pytest.fail("a whole shard must not be computed again"))
+    assert {p.name: p.stat().st_ino for p in shard_files(part)} == before
+
+
+def test_a_shard_that_no_plan_names_is_set_aside(tmp_path: Path) -> None:
+    """As by a copy that was made by hand: `scan_parquet` on the folder would count its rows twice."""
+    work = stage(tmp_path / "run", 8)
+    run_stage(work, make)
+    shutil.copy(work.part.file("00000"), work.part.file("00002"))
+    run_stage(work, lambda shard: pytest.fail("nothing is missing"))
+    assert [p.name for p in shard_files(work.part)] == ["00000.parquet", "00001.parquet"]
+    assert orphans(work.part) == ["rollouts/round-000/00002.parquet"]
 
 
 def test_a_newer_format_is_refused_before_anything_else(part: Part) -> None:
+    edit_record(part.manifest_path)
     value = json.loads(part.manifest_path.read_text())
     for newer in ({**value, "format": 2}, {"format": 2, "shape": "unknown"}):
         part.manifest_path.write_text(json.dumps(newer))

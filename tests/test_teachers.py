@@ -31,7 +31,7 @@ from fire_data.stages import Silent
 from fire_data.steps.weigh import ScoredRound, configured, weigh
 from fire_data.teachers import OWN_ONLY, Bound, Teachers, combined_bounds, in_columns, stored_bounds
 
-from .conftest import Answer, flip
+from .conftest import Answer, edit_record, flip
 from .ragged import VOCABULARY, ragged
 
 Fire = Callable[..., Answer]
@@ -529,7 +529,7 @@ def edit(run: Run, place: str, **changes: Any) -> None:
     """Change a sealed manifest."""
     path = run.root / ".fire" / "manifests" / place / "round-000.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {k: values[k] | v for k, v in changes.items()}))
+    edit_record(path, **{k: values[k] | v for k, v in changes.items()})
 
 
 class Heard(Silent):

@@ -264,6 +264,17 @@ def test_full_disk_inside_safetensors_is_a_storage_error_and_leaves_no_litter(tm
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_inside_tokenizers_is_a_storage_error(tmp_path: Path) -> None:
+    class Full(PreTrainedTokenizerFast):
+        def save_pretrained(self, *arguments: Any, **named: Any) -> Any:
+            raise Exception("No space left on device (os error 28)")
+
+    full = Full(tokenizer_object=_tokenizer().backend_tokenizer)
+    with pytest.raises(StorageError, match="the disk is full"):
+        export_checkpoint(tmp_path / "export", tiny_model(), full, "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_latest_state_ignores_unfinished_and_incomplete_folders(tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = make_optimizer(model, train_config())

@@ -80,9 +80,13 @@ def test_the_usual_forms_of_tests_are_read() -> None:
         (None, "has no tests"),
         ({"tests": []}, "has no tests"),
         ({"tests": ["assert f(("]}, "not Python"),
+        ({"tests": ["assert " + "(" * 500 + ")" * 500]}, "not Python"),
+        ({"tests": ["assert " + "-" * 100_000 + "1"]}, "not Python"),
+        ({"tests": ["assert f(1)"], "test_setup_code": ["import math"]}, "not Python"),
         ({"tests": [{"input": 1, "output": 2}]}, "neither Python nor pairs"),
         ({"tests": 3}, "neither Python nor pairs"),
         ({"input_output": {"inputs": ["1"], "outputs": []}}, "equally many"),
+        ({"input_output": "[" * 100_000}, "equally many"),
     ],
 )
 def test_tests_that_cannot_be_run_are_refused_before_anything_is_generated(extra: Any, words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def step_batch(model: Any, rows: int = 8, seed: int = 0, step: int = 0, noise: f
     old = [plain_logprobs(model, p, r) + noise * random.standard_normal(len(r)) for p, r in zip(prompts, responses)]  # noqa: B905
     coefficient = [random.standard_normal(len(r)) / 50 for r in responses]
     return StepBatch(step, prompts, responses, old, coefficient, sum(map(len, responses)))
+
+
+def spoilt(batch: StepBatch, column: str = "coefficient", value: float = np.inf, row: int = 0) -> StepBatch:
+    """The step with one number that is not finite."""
+    columns = [np.array(c, dtype=np.float64) for c in getattr(batch, column)]
+    columns[row][0] = value
+    return replace(batch, **{column: columns})
 
 
 def plain_logprobs(model: Any, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ CHECKS = (
     checks.drift,
     checks.shift,
     checks.consistency,
+    checks.steps,
 )
 
 

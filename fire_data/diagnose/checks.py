@@ -279,3 +279,18 @@ def scores(measured: Measured, facts: Facts) -> Finding:
         level = worst(level, "warning" if faint else "note")
     do = "score in float32 (student.dtype, teacher.dtype) if the advantages are small"
     return finding("scores", level, said, numbers, why, do)
+
+
+def steps(measured: Measured, facts: Facts) -> Finding:
+    """Optimizer steps of the round that were skipped because loss or gradient was not finite."""
+    why = "A step that is skipped trains nothing: one may be an accident of rounding, several are a cause to look for."
+    skipped = facts.nonfinite_steps
+    numbers = {"nonfinite_steps": skipped}
+    if skipped is None:
+        train = f"fire train {facts.run} --round {facts.round}"
+        return finding("training-steps", "unknown", "the round is not trained yet", numbers, why, f"train it: {train}")
+    if not skipped:
+        return finding("training-steps", "ok", "loss and gradient were finite in every step", numbers, why)
+    said = f"{skipped} steps were skipped because loss or gradient was not finite"
+    do = "find them by `nonfinite` in metrics.jsonl; lower train.lr, or train in float32 (train.compute_dtype)"
+    return finding("training-steps", "warning", said, numbers, why, do)

@@ -47,7 +47,8 @@ class Facts:
 
     `run` is how commands name the run. `sampling` holds temperature, top_p and top_k; `tokenizers` how the two compare;
     `templates` are the fingerprints of the student's and the teacher's chat template, the latter 'shared' if the
-    teacher saw the student's prompt; `earlier` are summaries of earlier rounds, the oldest first.
+    teacher saw the student's prompt; `nonfinite_steps` were skipped by training because a number was not finite;
+    `earlier` are summaries of earlier rounds, the oldest first.
     """
 
     run: str = "RUN"
@@ -61,6 +62,7 @@ class Facts:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     entropy_kind: str | None = None
     weighed: Weighed | None = None
+    nonfinite_steps: int | None = None
     earlier: tuple[Mapping[str, Any], ...] = ()
 
     def again(self, stage: str, *settings: str) -> str:

@@ -34,6 +34,7 @@ TEACHER = "teacher"
 """Where there is one, its route; and the arm under which it is evaluated, `teacher-ROUTE` where there are several."""
 ROUTED = "teacher-routed"
 """All teachers together, each on the prompts that are routed to it."""
+_MOST_SEEDS = 10_000
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,59}$"
 _TOY: Json = {
     "threads": 1,
@@ -107,7 +108,11 @@ class Spec(_Part):
     @field_validator("seeds", mode="before")
     @classmethod
     def _counted(cls, value: Any) -> Any:
-        return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value > _MOST_SEEDS:
+            raise ValueError(f"{value} seeds are more than {_MOST_SEEDS}")
+        return list(range(value))
 
     @field_validator("arms", mode="before")
     @classmethod

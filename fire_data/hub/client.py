@@ -159,7 +159,7 @@ class Repository:
     def _explained(self, error: BaseException, writes: bool) -> FireError:
         from huggingface_hub import errors
 
-        where, line = self.where, _line(error)
+        where, line = self.where, line_of(error)
         if isinstance(error, errors.OfflineModeIsEnabled):
             return ConfigError("HF_HUB_OFFLINE=1 forbids to ask the Hub", where=where, fix="HF_HUB_OFFLINE=0 fire ...")
         if isinstance(error, errors.RevisionNotFoundError):
@@ -227,7 +227,7 @@ def _entries(found: Sequence[Any]) -> dict[str, Entry]:
     return {f.path: Entry(f.size, f.lfs.sha256 if f.lfs else None, f.blob_id) for f in found if isinstance(f, RepoFile)}
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """The first line of an error that says something, without addresses' signatures and without the token."""
     from huggingface_hub import get_token
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from fire_data.overview import parts
 from fire_data.run import Run
@@ -58,9 +59,9 @@ def files_of(manifest: Manifest) -> dict[str, Receipt]:
     return {part.file(receipt.shard).as_posix(): receipt for receipt in manifest.shards}
 
 
-def local_stages(run: Run) -> Stages:
-    """The manifests of a run, open or sealed."""
-    found = [m for part in parts(run) if (m := read_manifest(part)) is not None]
+def local_stages(run: Run, among: Iterable[Part] | None = None) -> Stages:
+    """The manifests of a run, or of some parts of it, open or sealed."""
+    found = [m for part in (parts(run) if among is None else among) if (m := read_manifest(part)) is not None]
     return {key_of(m): m for m in found}
 
 
@@ -145,8 +146,8 @@ def write_index(stages: Iterable[Manifest]) -> bytes:
 def read_index(data: bytes, where: str) -> Stages:
     """The sealed manifests in an index. Raises DataError for one that is not from `fire push`, or was changed."""
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        value = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
         raise _refused(f"it is not JSON: {error}", where) from None
     if not isinstance(value, dict) or not isinstance(value.get("stages"), list):
         raise _refused("it names no stages", where)
@@ -183,6 +184,7 @@ def _wrong(manifest: Manifest) -> str | None:
         return f"{manifest.name!r} is no name"
     if not manifest.sealed:
         return "it is not finished"
+    digest([manifest.stats, manifest.recorded])  # ValueError for a number that cannot be written again: 1e999
     if manifest.fingerprint != digest(manifest.fields):
         return "its fingerprint is not that of its fields"
     shards = [receipt.shard for receipt in manifest.shards]

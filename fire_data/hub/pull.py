@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fire_data import files
+from fire_data import files, records
 from fire_data.hub.client import Repository, free_space
 from fire_data.hub.layout import (
     CONFIG,
@@ -31,7 +31,7 @@ from fire_data.hub.layout import (
 )
 from fire_data.hub.push import LARGEST_INDEX
 from fire_data.hub.redact import shared_config, shared_manifest
-from fire_data.overview import start_over
+from fire_data.overview import parts, start_over
 from fire_data.run import Run, open_run
 from fire_data.schemas.config import parse_config, parse_yaml, render_config
 from fire_data.schemas.errors import (
@@ -44,7 +44,7 @@ from fire_data.schemas.errors import (
 )
 from fire_data.schemas.manifest import Receipt
 from fire_data.schemas.tables import conform
-from fire_data.shards import Part, intact, put_receipt
+from fire_data.shards import Part, intact, put_receipt, read_manifest, read_receipt
 from fire_data.stages import Reporter, Silent
 
 _LARGEST_CONFIG = 1 << 20  # bytes
@@ -133,7 +133,8 @@ def take(
             for path, receipt in files_of(manifest).items():
                 done += [receipt.bytes] if _take(hub, path, commit, part, receipt) else []
                 report.advance(receipt.bytes)
-            files.create_json(part.manifest_path, shared_manifest(manifest, run.root).model_dump(mode="json"), part.tmp)
+            mine = records.to_bytes(shared_manifest(manifest, run.root))
+            files.create_bytes(part.manifest_path, mine, part.tmp)
         files.remove(_scratch(run.root))
     return {
         "repository": hub.where,
@@ -201,9 +202,15 @@ def _opened(root: Path, shared: Shared, redo: bool, report: Reporter) -> Run:
             raise ConfigError("the folder is not empty and is no run", where=str(root), fix=fix)
         files.create_bytes(target, render_config(shared.settings).encode(), root / ".fire" / "tmp")
     run = open_run(root)
-    mine = {k: m for k, m in local_stages(run).items() if m.stage != "checkpoints"}
+    mine, damaged = _local(run)
     begun = [key for key, m in mine.items() if not m.sealed and key in shared.stages]
     require_same_run({k: m for k, m in mine.items() if k not in begun}, shared.stages, where=str(root), fix=fix)
+    if damaged and not mine.keys() & shared.stages.keys():
+        text = f"the manifest of {damaged[0].label} is damaged, and nothing else tells that this is the same run"
+        raise DamagedError(text, where=str(damaged[0].manifest_path), fix=fix)
+    for part in [p for p in damaged if p.place in _places(shared.stages)]:
+        report.warn(f"the manifest of {part.label} is damaged and is taken from the Hub")
+        files.set_aside([part.manifest_path], part.orphans)
     for key in begun:
         part = part_of(root, mine[key])
         if not redo:
@@ -215,6 +222,22 @@ def _opened(root: Path, shared: Shared, redo: bool, report: Reporter) -> Run:
     return run
 
 
+def _local(run: Run) -> tuple[Stages, list[Part]]:
+    """The manifests of a run's tables, and the stages of which it is damaged."""
+    damaged = []
+    for part in parts(run):
+        try:
+            read_manifest(part)
+        except DamagedError:
+            damaged.append(part)
+    whole = [part for part in parts(run) if part not in damaged and part.stage != "checkpoints"]
+    return local_stages(run, whole), damaged
+
+
+def _places(stages: Stages) -> set[tuple[str, str | None, int]]:
+    return {(m.stage, m.name, m.round) for m in stages.values()}
+
+
 def _scratch(root: Path) -> Path:
     """Where downloads wait; a broken one continues there."""
     return root / ".fire" / "pull"
@@ -224,6 +247,10 @@ def _take(hub: Repository, path: str, commit: str, part: Part, receipt: Receipt)
     """Bring one shard into the run. False if it was there, whole. One that was damaged is set aside first."""
     final = part.file(receipt.shard)
     if intact(final, receipt):
+        try:
+            read_receipt(part, receipt.shard)
+        except DamagedError:
+            files.set_aside([part.receipt_path(receipt.shard)], part.orphans)
         put_receipt(part, receipt)
         return False
     scratch = _scratch(part.root)
@@ -254,6 +281,9 @@ def _examine(file: Path, part: Part, receipt: Receipt) -> None:
         if parquet.metadata.num_rows != receipt.rows:
             raise DataError(f"it has {parquet.metadata.num_rows} rows, its receipt says {receipt.rows}")
         for i in range(parquet.num_row_groups):
-            if parquet.metadata.row_group(i).total_byte_size > _LARGEST_GROUP:
+            group = parquet.metadata.row_group(i)
+            # Run lengths make a billion equal numbers a few bytes: in memory each takes 8, or 16 as text.
+            values = sum(group.column(j).num_values for j in range(group.num_columns))
+            if max(group.total_byte_size, 8 * values) > _LARGEST_GROUP:
                 raise DataError(f"row group {i} has more than {_LARGEST_GROUP:,} bytes")
             conform(parquet.read_row_group(i), part.table, f"row group {i}")

@@ -23,7 +23,7 @@ from fire_data.outside import called
 from fire_data.overview import start_over
 from fire_data.precision import reduced
 from fire_data.schemas.config import ADDED_TEACHER
-from fire_data.schemas.errors import ConfigError, FingerprintError
+from fire_data.schemas.errors import NOT_FINITE, ConfigError, FingerprintError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard, digest
 from fire_data.schemas.tables import FLOATS, FORMAT, REWARD, TOPK_BOUND, addon_columns, conform
 from fire_data.session import Session
@@ -128,7 +128,7 @@ def _beside(session: Session, part: Part, shard: Shard, rollouts: pa.Table, colu
     named = columns.append_column("trajectory_id", rollouts["trajectory_id"])
     if session.run.config.score.rounding:
         named = reduced(named, part.table)
-    return conform(named, part.table, f"{part.label}, shard {shard.name}")
+    return conform(named, part.table, f"{part.label}, shard {shard.name}", NOT_FINITE)
 
 
 def _topk(session: Session, round: int, source: Manifest) -> Addon:

@@ -22,6 +22,7 @@ from fire_data.schemas.manifest import Manifest, Receipt
 from fire_data.schemas.tables import REWARD
 from fire_data.shards import Part, is_sealed, read_shard, sealed
 from fire_data.stages import Reporter, Silent
+from fire_data.standing import nonfinite_steps
 
 EARLIER = 4  # rounds just before this one that it is compared with, besides the first
 
@@ -103,6 +104,7 @@ def _facts(run: Run, round: int, rollouts: Manifest, scores: Manifest, weights: 
         dtypes={who: model["dtype"] for who, model in {"student": scores.fields["student"], **teachers}.items()},
         entropy_kind=_entropy_kind(scores),
         weighed=Weighed(str(weights[0].name), filters(weights[1].fields.get("rule"))) if weights else None,
+        nonfinite_steps=nonfinite_steps(run, round),
         earlier=tuple(_earlier(run, round)),
     )
 

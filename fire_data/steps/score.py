@@ -19,6 +19,7 @@ from fire_data.kept import Kept
 from fire_data.outside import called
 from fire_data.overview import start_over
 from fire_data.precision import reduced
+from fire_data.schemas.errors import NOT_FINITE
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import MASSES, SIGNALS, TOPK_BOUND, conform
 from fire_data.session import Session
@@ -84,7 +85,7 @@ def score(session: Session, round: int, *, add: Iterable[str] = (), redo: bool =
             rollouts = reduced(rollouts, "scores")
         from fire_data.scoring import summarise
 
-        return conform(summarise(rollouts), "scores", f"{stage.part.label}, shard {shard.name}")
+        return conform(summarise(rollouts), "scores", f"{stage.part.label}, shard {shard.name}", NOT_FINITE)
 
     def finish(done: list[Receipt]) -> dict[str, Any]:
         rows = pl.concat([_numbers(stage.part, receipt) for receipt in done])

@@ -16,11 +16,11 @@ from fire_data.hub.redact import called
 from fire_data.overview import start_over, train_anew
 from fire_data.run import Run
 from fire_data.schemas.config import TrainConfig
-from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError
+from fire_data.schemas.errors import DamagedError, FingerprintError, IncompleteError, TrainingError
 from fire_data.schemas.manifest import Manifest, Receipt, differences
 from fire_data.schemas.tables import FORMAT
-from fire_data.session import Follows, Session, verify_checkpoint
-from fire_data.shards import Part, is_sealed, read_manifest, sealed, versions
+from fire_data.session import Follows, Session
+from fire_data.shards import Part, is_sealed, read_manifest, sealed, verify_checkpoint, versions
 from fire_data.stages import Stage, finished, open_stage, seal
 from fire_data.steps.track import following
 from fire_data.steps.weigh import addon_tables, configured, weights_fields
@@ -186,6 +186,7 @@ class _Training:
         self.optimizer = optim.make_optimizer(self.model, self.cfg)
         self.ratio: dict[str, float] = {}
         self.stopped: dict[str, Any] = {}
+        self.nonfinite = 0  # steps of this round that were skipped for it
         self.follower: Follows | None = None
         self.global_step, self.done = self._restore()
 
@@ -196,7 +197,7 @@ class _Training:
             self._train(log)
         self._export()
         steps = metrics.steps(log, self.round)
-        return {"global_step": self.global_step, "steps": self.total, **self.stopped, **_summary(steps)}
+        return {"global_step": self.global_step, "steps": self.total, **self.stopped, **metrics.summary(steps)}
 
     def _train(self, log: Path) -> None:
         report = self.session.report
@@ -237,10 +238,10 @@ class _Training:
         """One optimizer step, or the end of the round in its place; the response tokens that it was about."""
         from fire_data.training import train_step
 
-        # At the first step nothing has moved: without it, a bound within the noise of rounding would train nothing.
+        # Until the first update nothing has moved: a bound within the noise of rounding would train nothing.
         numbers = train_step(
             self.model, self.head, self.optimizer, batch, self.cfg, self.session.vocabulary, self.global_step,
-            gauge=self.done > 0,
+            gauge=self._applied() > 0,
         )  # fmt: skip
         place = {
             "global_step": self.global_step,
@@ -259,7 +260,35 @@ class _Training:
         else:
             self.global_step += 1
             self.done += 1
+        if "nonfinite" in numbers:
+            self._endure(record)
         return int(numbers["tokens"])
+
+    def _applied(self) -> int:
+        """Steps of this round so far that moved the weights: not those without a kept token, nor those not finite."""
+        kept: list[bool] = [s["kept_tokens"] > 0 for s in self.weights[1].stats["steps"]]
+        epochs, rest = divmod(self.done, max(1, self.steps))
+        return epochs * sum(kept) + sum(kept[:rest]) - self.nonfinite
+
+    def _endure(self, record: dict[str, Any]) -> None:
+        """Count a step that was skipped because a number was not finite; raise TrainingError where that is too much.
+
+        Nothing is saved then: the same command does the steps since the last state again.
+        """
+        self.nonfinite += 1
+        allowed = self.cfg.max_nonfinite_steps
+        where = f"global step {record['global_step']} (step {record['step']} of round {self.round})"
+        wrong = " and ".join(name for name in ("loss", "grad_norm") if record[name] is None)
+        text = f"{wrong} not finite; the weights were not changed"
+        if self.nonfinite > allowed:
+            text += f" ({self.nonfinite} such steps in this round; train.max_nonfinite_steps is {allowed})"
+        elif self.done == self.total and not self._applied():
+            text += "; no step of the round was applied, its checkpoint would be the student it began with"
+        else:
+            self.session.report.warn(f"{where} was skipped: {text} ({self.nonfinite} of {allowed} allowed in a round)")
+            return
+        fix = "look at its scores and coefficients (fire inspect RUN), lower train.lr, or train in float32"
+        raise TrainingError(text, where=where, fix=fix)
 
     def _stop(self, numbers: dict[str, Any]) -> None:
         """End the round at the steps that were applied: the policy has moved too far from the one that sampled."""
@@ -296,6 +325,7 @@ class _Training:
             "fingerprint": self.fingerprint,
             "adapters": self.adapters,
             **({"stopped": self.stopped} if self.stopped else {}),
+            **({"nonfinite": self.nonfinite} if self.nonfinite else {}),
         }
         trainstate.save_state(
             self.states / f"step-{self.global_step:08d}-round-{self.round:03d}", self.model, self.optimizer, meta
@@ -317,6 +347,7 @@ class _Training:
             trainstate.load_state(folder, self.model, self.optimizer)
             if mine:  # a round that was ended early has fewer steps than were planned
                 self.total, self.stopped = meta["total"], meta.get("stopped", {})
+                self.nonfinite = meta.get("nonfinite", 0)
             return meta["global_step"], meta["done"] if mine else 0
         if found:
             newest = found[0][1]
@@ -361,35 +392,16 @@ def _stop_line(round: int, done: int, stopped: dict[str, Any], cfg: TrainConfig)
     )
 
 
-def _summary(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """First and last loss, and what was skipped, for the manifest."""
-    done = [r for r in records if not r["skipped"]]
-    if not done:
-        return {"skipped_steps": len(records)}
-    seconds = [r["seconds"] for r in done]
-    executed = sum(r["tokens_per_second"] * s for r, s in zip(done, seconds, strict=True))
-    return {
-        "skipped_steps": len(records) - len(done),
-        "ratio_check": records[0].get("ratio_check"),
-        "loss_first": done[0]["loss"],
-        "loss_last": done[-1]["loss"],
-        **({"fkl_loss_last": done[-1]["fkl_loss"]} if "fkl_loss" in done[-1] else {}),
-        "grad_norm_last": done[-1]["grad_norm"],
-        "drift_kl_last": done[-1]["drift_kl"],
-        "ess_last": done[-1].get("ess"),
-        "tokens_per_second": executed / sum(seconds),
-    }
-
-
 def _receipts(part: Part, fingerprint: str) -> list[Receipt]:
     """One receipt per file of the checkpoint."""
     if not part.folder.is_dir():
         raise DamagedError("the checkpoint vanished", where=str(part.folder), fix=part.command)
-    found = sorted((p.relative_to(part.folder).as_posix(), p) for p in part.folder.rglob("*") if p.is_file())
-    return [
-        Receipt(
-            shard=name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
-            fingerprint=fingerprint, versions=versions(),
-        )
-        for name, p in found
-    ]  # fmt: skip
+    with files.storage_errors(part.folder):
+        found = sorted((p.relative_to(part.folder).as_posix(), p) for p in part.folder.rglob("*") if p.is_file())
+        return [
+            Receipt(
+                shard=name, sha256=files.sha256_file(p), bytes=p.stat().st_size, rows=0, tokens=0,
+                fingerprint=fingerprint, versions=versions(),
+            )
+            for name, p in found
+        ]  # fmt: skip

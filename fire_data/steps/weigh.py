@@ -19,6 +19,7 @@ from fire_data.rules import every, own
 from fire_data.rules.base import ROW
 from fire_data.run import Run
 from fire_data.schemas.config import ADDED_TEACHER
+from fire_data.schemas.errors import DataError
 from fire_data.schemas.manifest import Manifest, Receipt, Shard
 from fire_data.schemas.tables import FORMAT, REWARD, addon_of, conform
 from fire_data.shards import Part, is_sealed, read_manifest, read_schema, read_shard, sealed
@@ -135,6 +136,8 @@ class ScoredRound:
         return self._fitted
 
     def _fit(self) -> weighing.Fitted:
+        if not sum(r.rows for r in self.receipts):
+            raise DataError("the scores have no rows", where=self.part.label, fix=f"{self.part.command} --redo")
         empty = pl.DataFrame(schema={c: t for _, s in self._sources() for c, t in s.items()})
         require_columns(prepare(empty.lazy(), self.rule), self.rule, self.place)
         fitted = weighing.fit(self, self.rule)

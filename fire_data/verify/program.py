@@ -56,7 +56,7 @@ def read_tests(extra: str | None) -> Suite:
     for text in (setup, *items):
         try:
             compile(text, name, "exec")
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
             raise NoTestsError(f"has `{name}` that are not Python: {error}") from None
     return Suite(setup, tuple(items), entry_point=entry if isinstance(entry, str) else None)
 
@@ -66,7 +66,7 @@ def _pairs(value: Any) -> Any:
     try:
         found = json.loads(value) if isinstance(value, str) else value
         return [{"input": i, "output": o} for i, o in zip(found["inputs"], found["outputs"], strict=True)]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise NoTestsError("has an `input_output` that is not {inputs: [...], outputs: [...]}, equally many") from None
 
 

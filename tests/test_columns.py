@@ -339,7 +339,12 @@ def test_tables_of_other_trajectories_are_not_joined(rolled: Run) -> None:
     score(Session(rolled), 0, add=["base"])
     path = rolled.part("addons", 0, "base").manifest_path
     whole = path.read_text()
-    path.write_text(whole.replace(manifest_of(rolled, "rollouts").digest, "0" * 64))
+    other = (
+        manifest_of(rolled, "addons", "base")
+        .model_dump_json()
+        .replace(manifest_of(rolled, "rollouts").digest, "0" * 64)
+    )
+    path.write_text(other)
     with pytest.raises(DataError, match="for other rollouts") as caught:
         rolled.scores(0, add=["base"])
     assert caught.value.fix == f"fire score {rolled.root} --round 0 --add base --redo"

@@ -88,6 +88,7 @@ def scored(tmp_path: Path, places: Path, make_fake_run: MakeRun, fire: Fire) -> 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
     value = json.loads(path.read_text())
+    value.pop("checksum", None)  # as earlier versions wrote records, which vouch for nothing
     path.write_text(json.dumps(change(value) or value))
 
 

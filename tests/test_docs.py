@@ -24,7 +24,7 @@ from tests.hub_server import Caller, calling, serving
 
 ROOT = Path(__file__).parents[1]
 PAGES = list(pages(ROOT))
-NOT_RUN = 11  # blocks and commands that tests cannot run: a larger number is a decision
+NOT_RUN = 12  # blocks and commands that tests cannot run: a larger number is a decision
 QUESTIONS = ("What is 17 * 23?", "What is 9 * 21?", "Name a prime.", "2 + 2 = ?", "7 * 8 = ?", "3 + 9 = ?")
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 

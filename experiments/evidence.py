@@ -115,15 +115,11 @@ def arms(name: str, group: str) -> str:
     told, rows = experiment(name).told, []
     for one in told["arms"]:
         if f"{one['world']}/{one['setting']}" == group:
-            row = arm_row(one)
-            columns = {
-                k: row[k] for k in ("arm", "T=1", "greedy", "retained", "k tokens to target", "trained", "CPU s")
-            }
-            if one["arm"] == "uniform":
-                columns |= {"T=1 − uniform": "", "p (Holm)": ""}
-            else:
-                made = difference_row(_comparison(name, group, one["arm"], "uniform", "sampled"))
-                columns |= {"T=1 − uniform": made["difference"], "p (Holm)": made["p (Holm)"]}
+            row, apart = arm_row(one), {"difference": "", "p (Holm)": ""}
+            if one["arm"] != "uniform":
+                apart = difference_row(_comparison(name, group, one["arm"], "uniform", "sampled"))
+            columns = {"arm": row["arm"], "T=1": row["T=1"], "to uniform": apart["difference"], "p": apart["p (Holm)"]}
+            columns |= {k: row[k] for k in ("greedy", "retained", "k tokens to target")}
             rows.append(columns)
     return _lines(rows)
 

@@ -87,7 +87,7 @@ class Campaign:
         self.world = small_world(folder / "world")
         self.stages = stages_before(folder, small_run(folder / "run", self.world))
         self.expected = {stage: visible(root) for stage, root in self.stages.items()}
-        self.library = disk.build(folder)
+        self.shim = disk.build(folder)
 
     def left(self, kind: str, wanted: int) -> bool:
         return self.record[kind] < wanted and time.monotonic() < self.until
@@ -107,9 +107,9 @@ class Campaign:
         from tests.faults.world import STAGES, following
 
         victim, longest = self.folder / "victim", dict.fromkeys(STAGES, 0.4)
-        with kills.loaded_before(self.library):
+        with kills.loaded_before(self.shim):
             while self.left("kills", wanted):
-                stage, calls = self.rng.choice(STAGES), self.rng.choice([0, 80]) if self.library else 0
+                stage, calls = self.rng.choice(STAGES), self.rng.choice([0, 80]) if self.shim else 0
                 with self.trial(f"killed {stage}"):
                     landed = kills.kill_until_finished(
                         self.stages[stage], victim, stage, 8, longest[stage], self.rng, calls
@@ -148,14 +148,14 @@ class Campaign:
         from tests.faults import disk
         from tests.faults.world import STAGES, following
 
-        while self.library and self.left("faults", wanted):
+        while self.shim and self.left("faults", wanted):
             jobs = []
             for _ in range(8):
                 stage, fault = self.rng.choice(STAGES), self.rng.choice(list(disk.FAULTS))
                 start, after = self.stages[stage], self.stages[following(stage)]
                 points = tuple(sorted(self.rng.sample(range(300), 6)))
                 jobs.append(disk.Job(str(start), str(after), stage, fault, points))
-            for job, found in zip(jobs, disk.run(self.library, jobs, self.folder), strict=True):
+            for job, found in zip(jobs, disk.run(self.shim, jobs, self.folder), strict=True):
                 self.record.add("faults", found.faults, **{job.fault: found.faults})
                 for text in found.wrong:
                     self.record.went_wrong("tracebacks" if "Traceback" in text else "other bytes", text)

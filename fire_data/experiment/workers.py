@@ -105,6 +105,7 @@ def _serve(work: Work, pipe: Any) -> None:
         except EOFError:
             return
         pipe.send(attempt(work, job))
+        gc.collect()  # or what is left over of the job would be frozen too
         gc.freeze()  # what lives after a job are modules: looking through them again took a tenth of every next job
 
 

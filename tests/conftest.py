@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -89,6 +90,34 @@ def make_run(tiny_world: Any) -> Callable[..., Run]:
             merge = isinstance(fields, dict) and isinstance(values.get(section), dict)
             values[section] = values[section] | fields if merge else fields
         return init_run(folder, values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_scored(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Run]) -> Callable[..., Any]:
+    """`make_scored(section={field: value}, ...)(folder, field=value, ...)`: runs whose round 0 waits to be trained.
+
+    They are copies of one whose round is weighed; the sections are its settings, the fields those of `train` in a copy.
+    """
+    from fire_data.run import open_run
+    from fire_data.session import Session
+    from fire_data.steps.rollout import rollout
+    from fire_data.steps.score import score
+    from fire_data.steps.weigh import weigh
+
+    def make(**sections: Any) -> Callable[..., Run]:
+        start = make_run(tmp_path_factory.mktemp("scored") / "run", **sections)
+        session = Session(start)
+        rollout(session, 0)
+        score(session, 0)
+        weigh(start, 0)
+
+        def copied(folder: Path, **train: Any) -> Run:
+            shutil.copytree(start.root, folder)
+            return open_run(folder, tuple(f"train.{k}={json.dumps(v)}" for k, v in train.items()))
+
+        return copied
 
     return make
 

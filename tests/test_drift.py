@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,7 @@ from fire_data.standing import standings
 from fire_data.steps import train as train_module
 from fire_data.steps.diagnose import diagnose_round
 from fire_data.steps.refresh import refresh
-from fire_data.steps.rollout import rollout
-from fire_data.steps.score import score
 from fire_data.steps.train import train
-from fire_data.steps.weigh import weigh
 from tests.conftest import Answer
 from tests.tinymodels import (
     VOCABULARY,
@@ -103,25 +99,11 @@ def test_a_step_over_a_bound_changes_nothing_and_says_so(bounds: dict[str, float
 # A round
 
 
-def _scored(run: Run) -> Session:
-    session = Session(run)
-    rollout(session, 0)
-    score(session, 0)
-    weigh(run, 0)
-    return session
-
-
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Run]) -> Callable[..., Run]:
-    """`scored(folder, train={...})`: a run whose round 0 has weights and waits to be trained, 6 steps an epoch."""
-    start = make_run(tmp_path_factory.mktemp("drift") / "run", train=FAST)
-    _scored(start)
-
-    def make(folder: Path, **train: Any) -> Run:
-        shutil.copytree(start.root, folder)
-        return open_run(folder, tuple(f"train.{k}={'null' if v is None else v}" for k, v in train.items()))
-
-    return make
+def scored(make_scored: Callable[..., Any]) -> Callable[..., Run]:
+    """`scored(folder, epochs=2, ...)`: a run whose round 0 has weights and waits to be trained, 6 steps an epoch."""
+    made: Callable[..., Run] = make_scored(train=FAST)
+    return made
 
 
 def _tensors(run: Run) -> dict[str, torch.Tensor]:

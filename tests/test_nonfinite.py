@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 from fire_data import files, metrics, training, trainstate
 from fire_data.optim import make_optimizer
-from fire_data.run import Run, open_run
+from fire_data.run import Run
 from fire_data.schemas.config import TrainConfig
 from fire_data.schemas.errors import TrainingError
 from fire_data.session import Session
@@ -127,19 +126,10 @@ def test_a_spike_of_the_loss_moves_no_weight_further_than_any_other_step() -> No
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Run]) -> Callable[..., Run]:
+def scored(make_scored: Callable[..., Any]) -> Callable[..., Run]:
     """`scored(folder, save_every=1, ...)`: a run whose round 0 has weights and waits to be trained in 6 steps."""
-    start = make_run(tmp_path_factory.mktemp("nonfinite") / "run", train={"batch_size": 2})
-    session = Session(start)
-    rollout(session, 0)
-    score(session, 0)
-    weigh(start, 0)
-
-    def make(folder: Path, **train: Any) -> Run:
-        shutil.copytree(start.root, folder)
-        return open_run(folder, tuple(f"train.{k}={json.dumps(v)}" for k, v in train.items()))
-
-    return make
+    made: Callable[..., Run] = make_scored(train={"batch_size": 2})
+    return made
 
 
 @pytest.fixture

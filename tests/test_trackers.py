@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -22,11 +21,8 @@ from fire_data.session import Session
 from fire_data.shards import is_sealed, sealed
 from fire_data.stages import Silent
 from fire_data.steps.refresh import refresh
-from fire_data.steps.rollout import rollout
-from fire_data.steps.score import score
 from fire_data.steps.track import records, track
 from fire_data.steps.train import train
-from fire_data.steps.weigh import weigh
 from tests.conftest import Answer
 
 Fire = Callable[..., Answer]
@@ -129,19 +125,10 @@ def _expected(run: Run) -> Curves:
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory, make_run: Callable[..., Run]) -> Callable[..., Run]:
-    """`scored(folder, train={...})`: a run whose round 0 has weights and waits to be trained in 6 steps."""
-    start = make_run(tmp_path_factory.mktemp("tracked") / "run", train={"batch_size": 2}, eval={"prompts": None})
-    session = Session(start)
-    rollout(session, 0)
-    score(session, 0)
-    weigh(start, 0)
-
-    def make(folder: Path, **train: Any) -> Run:
-        shutil.copytree(start.root, folder)
-        return open_run(folder, tuple(f"train.{k}={v}" for k, v in train.items()))
-
-    return make
+def scored(make_scored: Callable[..., Any]) -> Callable[..., Run]:
+    """`scored(folder, tracker=name, ...)`: a run whose round 0 has weights and waits to be trained in 6 steps."""
+    made: Callable[..., Run] = make_scored(train={"batch_size": 2}, eval={"prompts": None})
+    return made
 
 
 @pytest.fixture(params=READ)

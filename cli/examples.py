@@ -18,7 +18,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     "init": (
         ("fire init runs/mine --student Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B", ""),
         ("fire init runs/mine --student ../small --prompts prompts.jsonl --raw", ""),
-        ("fire init runs/plain --from runs/mine --rule uniform", "a second arm"),
+        ("fire init runs/fire --from runs/mine --rule fire", "a second arm"),
     ),
     "rollout": (
         ("fire rollout runs/mine", "again: it goes on"),
@@ -33,7 +33,7 @@ EXAMPLES: dict[str, tuple[Example, ...]] = {
     ),
     "weigh": (
         ("fire weigh runs/mine", "the run's rule"),
-        ("fire weigh runs/mine -p percentile=30 --name p30", "to compare"),
+        ("fire weigh runs/mine --rule fire -p percentile=30 --name p30", ""),
         ("fire weigh runs/mine --rule fire+repetition-guard", "two together"),
         ("fire weigh runs/mine --rule 'weight = 1 + teacher_entropy'", "your own"),
     ),

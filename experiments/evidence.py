@@ -75,9 +75,11 @@ def arm(name: str, group: str, who: str, metric: str = "sampled") -> str:
 
 
 def after(name: str, group: str, who: str, rounds: int, metric: str = "retain_greedy") -> str:
-    """An arm's mean in the evaluation after so many rounds."""
+    """An arm's mean in the evaluation after so many rounds; ValueError if there is none."""
     world, setting = group.split("/")
     rows = experiment(name).table.filter(world=world, setting=setting, arm=who, round=rounds)
+    if rows[metric].count() == 0:
+        raise ValueError(f"{name} has no {metric} of {who} in {group} after {rounds} rounds")
     return _mean(rows[metric])
 
 
@@ -222,6 +224,8 @@ def figures() -> dict[str, Any]:
     there, made = {*names()}, {}
     if "protection" in there:
         made["protection"] = curves("protection", "retain_greedy", "retained, greedy")
+    if "open-unknown" in there:
+        made["open-unknown"] = curves("open-unknown", "retain_greedy", "retained, greedy")
     if "main" in there:
         made["main"] = forest("main", "sampled")
     for name, columns in (("stressors", ("sampled", "retain")), ("ablations", ("sampled", "retain"))):

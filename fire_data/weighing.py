@@ -51,7 +51,7 @@ class Fitted:
 
 def weigh(
     frame: pl.DataFrame | pl.LazyFrame,
-    rule: str | Mapping[str, Any] | Rule = "fire",
+    rule: str | Mapping[str, Any] | Rule = "uniform",
     *,
     batch_size: int | None = None,
     scope: str | None = None,

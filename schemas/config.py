@@ -196,7 +196,9 @@ class WeighConfig(Section):
     """Which rule turns scores into one coefficient per token."""
 
     rule: str | dict[str, str] = _field(
-        "fire", "a name from `fire rules`, or {keep:, weight:, advantage:} as SQL expressions"
+        "uniform",
+        "a name from `fire rules`, such as fire; or {keep:, weight:, advantage:} as SQL expressions; "
+        "uniform: plain on-policy distillation (docs/evidence.md says why)",
     )
     name: str | None = _field(None, "folder under weights/; null: the rule's name", pattern=_NAME)
     params: dict[str, Any] = _field({}, "the rule's parameters, e.g. {percentile: 20, alpha: 1.0}")

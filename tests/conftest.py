@@ -83,6 +83,7 @@ def make_run(tiny_world: Any) -> Callable[..., Run]:
             "teacher": {"model": str(tiny_world.teacher)},
             "prompts": {"path": str(tiny_world.prompts)},
             "rollout": {"n": 2, "prompts_per_round": 6, "prompts_per_shard": 2, "max_new_tokens": 16},
+            "weigh": {"rule": "fire"},  # drops trajectories and weighs tokens: more to go wrong than with the default
             "train": {"batch_size": 4, "lr": 1e-3, "export_dtype": "float32"},
             "eval": {"prompts": str(tiny_world.held_out), "n": 2},
         }

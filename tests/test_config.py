@@ -284,9 +284,9 @@ def test_weights_are_named_after_their_rule_unless_that_is_an_expression() -> No
     def name(**weigh: Any) -> str:
         return parse_config({**MINIMAL, "weigh": weigh}, "x").weights_name
 
-    assert name() == "fire"
-    assert name(rule="uniform") == "uniform"
-    assert name(rule="uniform", name="mine") == "mine"
+    assert name() == "uniform"
+    assert name(rule="fire") == "fire"
+    assert name(rule="fire", name="mine") == "mine"
     assert name(rule={"weight": "1"}) == "expression"
     assert name(rule="weight = teacher_entropy / 2") == "expression"
 

@@ -28,7 +28,7 @@ PAPER = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
 NAMES = ("strong-to-weak", "single-teacher", "multi-teacher")
 FILES = (*NAMES, *(f"tiny/{name}" for name in NAMES))
 
-NAMED_ALTHOUGH_DEFAULT = {"rollout.temperature", "weigh.rule", "train.lr", "train.clip"}
+NAMED_ALTHOUGH_DEFAULT = {"rollout.temperature", "train.lr", "train.clip"}
 """The paper's numbers stand in the files even where they are the defaults of today."""
 
 DIFFERS_IN_SMALL = {

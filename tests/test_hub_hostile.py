@@ -269,7 +269,7 @@ def test_code_of_a_user_is_not_named_in_shared_settings(run: Run, rule: Any) -> 
     weigh = {"rule": "random", "params": rule} if isinstance(rule, dict) else {"rule": rule}
     config = Config.model_validate({**run.config.model_dump(), "weigh": weigh})
     shared = Config.model_validate(shared_config(config, run.root, []))
-    assert shared.weigh.rule == "fire"
+    assert shared.weigh.rule == "uniform"
     assert shared.weigh.params == {}
     assert shared.trained_weights == config.trained_weights
     assert shared.weights_name != config.trained_weights, "the weights are trained as they are"
@@ -296,7 +296,7 @@ def test_settings_from_the_hub_name_no_code_and_no_server(caller: Caller, repo: 
     config = open_run(tmp_path / "pulled").config
     assert (config.student.trust_remote_code, config.student.url, config.student.api_key_env) == (False, None, None)
     assert (config.vllm.python, config.vllm.args, config.verify.allow_unsafe) == (None, {}, False)
-    assert (config.weigh.rule, config.verify.kind, config.prompts.path) == ("fire", "./evil.py:f", "./passwd")
+    assert (config.weigh.rule, config.verify.kind, config.prompts.path) == ("uniform", "./evil.py:f", "./passwd")
 
 
 @pytest.mark.parametrize("text", [b"- 1", b"a: [", b"student: {model: x, surprise: 1}", b"\xff\xfe"])

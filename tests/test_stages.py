@@ -45,6 +45,7 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory, tiny_world: Any) -> P
         "threads": 1, "student": {"model": str(tiny_world.student)}, "teacher": {"model": str(tiny_world.teacher)},
         "prompts": {"path": str(tiny_world.prompts)}, "eval": {"prompts": str(tiny_world.held_out), "n": 1},
         "rollout": {"n": 2, "prompts_per_round": 4, "prompts_per_shard": 2, "max_new_tokens": 8},
+        "weigh": {"rule": "fire"},
         "train": {"batch_size": 4, "lr": 1e-3, "export_dtype": "float32", "keep_states": "all"},
     }  # fmt: skip
     run = init_run(tmp_path_factory.mktemp("trained") / "run", values)

@@ -18,6 +18,7 @@ from fire_data.schemas.errors import ConfigError
 from fire_data.schemas.manifest import Manifest
 
 HUB = "hf://"
+PLAIN = "uniform"  # what stands for a rule that is not shared
 # Of what manifests record beside their fields. Everything else describes the machine.
 _RECORDED = ("reads", "sampling", "entropy_kind", "entropy", "tokenizers", "skipped_prompts", "weights")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -64,10 +65,10 @@ def shared_config(config: Config, root: Path, stages: Iterable[Manifest]) -> dic
     if not _is_known(config.weigh.rule, config.weigh.params):
         trained = config.trained_weights  # trained as they are; the code that made them is not shared
         values["weigh"] |= {
-            "rule": "fire",
+            "rule": PLAIN,
             "params": {},
             "scope": None,
-            "name": "fire-2" if trained == "fire" else None,
+            "name": f"{PLAIN}-2" if trained == PLAIN else None,
         }
         values["train"]["weights"] = trained
     return values

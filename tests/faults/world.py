@@ -32,6 +32,7 @@ def small_run(root: Path, world: Any, **sections: dict[str, Any]) -> Run:
         "teacher": {"model": str(world.teacher)},
         "prompts": {"path": str(world.prompts)},
         "rollout": {"n": 2, "prompts_per_round": 6, "prompts_per_shard": 2, "max_new_tokens": 6},
+        "weigh": {"rule": "fire"},
         "train": {"batch_size": 4, "lr": 1e-3, "save_every": 2, "export_dtype": "bfloat16"},
     }
     return init_run(root, values | {k: values.get(k, {}) | v for k, v in sections.items()})

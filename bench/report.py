@@ -112,7 +112,8 @@ def chromium() -> Iterator[Any]:
 
 def make_run(root: Path, options: argparse.Namespace) -> Run:
     """A run with sealed rollouts, scores and weights of one round."""
-    run = init_run(root, {"student": {"model": "none"}, "train": {"batch_size": options.rows}})
+    values: dict[str, Any] = {"student": {"model": "none"}, "weigh": {"rule": "fire"}}
+    run = init_run(root, values | {"train": {"batch_size": options.rows}})
     plan = plan_shards(options.trajectories, options.rows)
     names = [c.name for c in ROLLOUTS]
 

@@ -89,7 +89,11 @@ def new_run(root: Path, count: int, options: argparse.Namespace) -> Run:
     (root.parent / "prompts.jsonl").write_text(
         "".join(f'{{"prompt_id": "{i}", "prompt": "{i}"}}\n' for i in range(count * options.rows))
     )
-    values: dict[str, Any] = {"student": {"model": "none"}, "prompts": {"path": "../prompts.jsonl"}}
+    values: dict[str, Any] = {
+        "student": {"model": "none"},
+        "weigh": {"rule": "fire"},
+        "prompts": {"path": "../prompts.jsonl"},
+    }
     shards = {"n": 1, "prompts_per_shard": options.rows, "engine": "fake"}
     return init_run(root, values | {"rollout": shards, "train": {"batch_size": 64}})
 

@@ -311,7 +311,7 @@ def make_run(root: Path, shards: int, options: argparse.Namespace) -> None:
     trained = {"batch_size": options.shard_rows, "tokens_per_microbatch": options.microbatch, "ratio_tolerance": 100}
     run = init_run(root / "run", {
         "threads": options.threads, "student": model, "teacher": model, "prompts": {"path": "../prompts.jsonl"},
-        "rollout": made, "score": {"engine": "fake"}, "train": trained,
+        "rollout": made, "score": {"engine": "fake"}, "weigh": {"rule": "fire"}, "train": trained,
     })  # fmt: skip
     session = Session(run)
     rollout(session, 0)

@@ -271,7 +271,7 @@ def curves(name: str, column: str, label: str) -> Any:
             each = mine.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, color=colour, detail="seed:N")
             mean = mine.mark_line(strokeWidth=2.5).encode(x=x, y=y.aggregate("mean"), color=colour)
             panels.append(each + mean)
-    return alt.hconcat(*panels)
+    return alt.hconcat(*panels, padding={"left": 5, "top": 5, "bottom": 5, "right": 30})  # fonts differ in width
 
 
 def heat(name: str, metrics: Sequence[str]) -> Any:

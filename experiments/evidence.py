@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "evidence.md"
 PEERS = HERE / "results" / "peer.parquet"  # of bench/peer.py
 FIGURES = PAGE.parent / "assets" / "evidence"
+_ROOM = {"left": 30, "top": 5, "right": 30, "bottom": 5}  # fonts differ in width
 _BLUE, _GREY, _ORANGE = "#0072b2", "#f3f3f3", "#d55e00"  # told apart by colour-blind eyes
 _COLOURS = ["#000000", "#999999", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00"]  # Okabe and Ito
 
@@ -227,31 +228,32 @@ def figures() -> dict[str, Any]:
     if "open-unknown" in there:
         made["open-unknown"] = curves("open-unknown", "retain_greedy", "retained, greedy")
     if "main" in there:
-        made["main"] = forest("main", "sampled")
-    for name, columns in (("stressors", ("sampled", "retain")), ("ablations", ("sampled", "retain"))):
-        if name in there:
-            made[name] = heat(name, columns)
+        made["main"] = forest("main", "sampled", (-0.4, 0.2), 210)
+    if "ablations" in there:
+        made["ablations"] = forest("ablations", "sampled", (-0.3, 0.1), 360)
+    if "stressors" in there:
+        made["stressors"] = heat("stressors", {"sampled": "temperature 1", "retain": "what was known before"})
     return made
 
 
-def forest(name: str, metric: str) -> Any:
+def forest(name: str, metric: str, span: tuple[float, float], width: int) -> Any:
     """Differences to uniform with intervals, a panel for each world and setting."""
     import altair as alt
 
-    rows = [c for c in _compared(name, [metric]) if c["low"] is not None]
+    rows = [c for c in _compared(name, metric) if c["low"] is not None]
     groups = list(dict.fromkeys(c["column"] for c in rows))
     y = alt.Y("arm:N", sort=[c["arm"] for c in rows], title=None)
     panels = []
     for at, group in enumerate(groups):
-        base = alt.Chart(_frame([c for c in rows if c["column"] == group]), width=210, title=group)
+        base = alt.Chart(_frame([c for c in rows if c["column"] == group]), width=width, title=group)
         shown = y if at == 0 else y.axis(None)
         bars = base.mark_rule(color=_BLUE, clip=True).encode(
-            x=alt.X("low:Q", title=None, scale=alt.Scale(domain=[-0.4, 0.2])), x2="high:Q", y=shown
+            x=alt.X("low:Q", title=None, scale=alt.Scale(domain=span)), x2="high:Q", y=shown
         )
         dots = base.mark_circle(size=50, opacity=1, color=_BLUE, clip=True).encode(x="mean:Q", y=shown)
         zero = alt.Chart(pl.DataFrame({"x": [0.0]})).mark_rule(color="#999", strokeDash=[4, 3]).encode(x="x:Q")
         panels.append(zero + bars + dots)
-    return alt.hconcat(*panels, title=f"difference to uniform in {METRICS[metric]}, 95 % intervals")
+    return alt.hconcat(*panels, title=f"difference to uniform in {METRICS[metric]}, 95 % intervals", padding=_ROOM)
 
 
 def curves(name: str, column: str, label: str) -> Any:
@@ -271,22 +273,23 @@ def curves(name: str, column: str, label: str) -> Any:
             each = mine.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, color=colour, detail="seed:N")
             mean = mine.mark_line(strokeWidth=2.5).encode(x=x, y=y.aggregate("mean"), color=colour)
             panels.append(each + mean)
-    return alt.hconcat(*panels, padding={"left": 5, "top": 5, "bottom": 5, "right": 30})  # fonts differ in width
+    return alt.hconcat(*panels, padding=_ROOM)
 
 
-def heat(name: str, metrics: Sequence[str]) -> Any:
-    """Differences to uniform as colours and numbers; bold where the interval excludes 0."""
+def heat(name: str, metrics: Mapping[str, str]) -> Any:
+    """Differences to uniform as colours and numbers, a titled panel each; bold where the interval excludes 0."""
     import altair as alt
 
     panels = []
-    for metric in metrics:
-        rows = _frame(_compared(name, [metric])).with_columns(
+    for at, (metric, title) in enumerate(metrics.items()):
+        rows = _frame(_compared(name, metric)).with_columns(
             text=pl.col("mean").map_elements(lambda v: f"{v:+.2f}".replace("-", "−"), pl.String),
             sure=(pl.col("low") > 0) | (pl.col("high") < 0),
             light=pl.col("mean").abs() < 0.2,
         )
         x = alt.X("column:N", sort=None, title=None, axis=alt.Axis(labelAngle=-40, orient="top"))
-        base = alt.Chart(rows, title=METRICS[metric]).encode(x=x, y=alt.Y("arm:N", sort=None, title=None))
+        y = alt.Y("arm:N", sort=None, title=None)
+        base = alt.Chart(rows, title=title).encode(x=x, y=y.axis(None) if at else y)
         scale = alt.Scale(domain=[-0.3, 0, 0.3], range=[_ORANGE, _GREY, _BLUE], clamp=True)
         boxes = base.mark_rect().encode(color=alt.Color("mean:Q", scale=scale, legend=None))
         ink = alt.condition("datum.light", alt.value("black"), alt.value("white"))
@@ -294,12 +297,12 @@ def heat(name: str, metrics: Sequence[str]) -> Any:
         plain = words.transform_filter("!datum.sure").mark_text(fontSize=11)
         bold = words.transform_filter("datum.sure").mark_text(fontSize=11, fontWeight="bold")
         panels.append((boxes + plain + bold).properties(width=alt.Step(46), height=alt.Step(22)))
-    return alt.hconcat(*panels, title="difference to uniform; bold: the 95 % interval excludes 0")
+    return alt.hconcat(*panels, title="difference to uniform; bold: the 95 % interval excludes 0", padding=_ROOM)
 
 
-def _compared(name: str, metrics: Sequence[str]) -> list[Json]:
+def _compared(name: str, metric: str) -> list[Json]:
     told = experiment(name).told["comparisons"]
-    chosen = [c for c in told if c["against"] == "uniform" and c["metric"] in metrics]
+    chosen = [c for c in told if c["against"] == "uniform" and c["metric"] == metric]
     return [{"column": _column(c), **{k: c[k] for k in ("arm", "mean", "low", "high")}} for c in chosen]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 # After the skip, because the modules need it.
-from fire_data.experiment.spec import cells
+from fire_data.experiment.spec import cells, load_spec
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +66,15 @@ def test_results_are_those_of_the_specification(name: str) -> None:
         (world, setting, arm) for world, settings in spec.worlds.items() for setting in settings for arm in spec.arms
     }
     assert told["cpu_seconds"] > 0
+
+
+def test_the_committed_experiments_are_listed_with_their_cells() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8").partition("## Committed experiments")[2]
+    listed: dict[str, int] = {}
+    for files, counts in re.findall(r"^\| (`experiments/[^|]*) \|[^|]*\| ([\d, ]+) \|$", text, re.MULTILINE):
+        listed |= dict(zip(re.findall(r"experiments/([\w-]+)\.yaml", files), map(int, counts.split(",")), strict=True))
+    specs = {p.stem: load_spec(p) for p in (ROOT / "experiments").glob("*.yaml")}
+    assert listed == {name: len([*cells(spec)]) for name, spec in specs.items()}
 
 
 def test_a_sentence_that_the_results_contradict_is_not_written() -> None:

@@ -5,7 +5,8 @@
 Runs in slices: every slice adds its counts to a JSON file, so the numbers asked for are totals, and the same command
 goes on until they are reached. It ends with the table of that page (`--table` prints it alone), and writes it there if
 the counts are those of the usual file. What goes wrong is kept in the file word for word; anything there is a broken
-promise, and the exit code is 1. Other campaigns add what they counted: `--add inputs=1000`.
+promise, and the exit code is 1. Other campaigns add what they counted: `--add inputs=1000`. To use several cores, run
+slices of other kinds with `--counts FILE` of their own, and then `--take FILE`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ class Record:
         for name, times in outcomes.items():
             known = self.value["outcomes"].setdefault(kind, {})
             known[name] = known.get(name, 0) + times
+
+    def take(self, other: Record) -> None:
+        """Add all that another record has."""
+        for kind in other.value["counts"]:
+            self.add(kind, other[kind], **other.value["outcomes"].get(kind, {}))
+        for several in ("wrong", "slices"):
+            self.value[several] += other.value[several]
 
     def went_wrong(self, what: str, text: str) -> None:
         """A promise that was broken, for whoever mends it."""
@@ -225,15 +233,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--counts", type=Path, default=COUNTS, help="the file that the counts are added to")
     parser.add_argument("--table", action="store_true", help="print the table and do nothing")
     parser.add_argument("--add", action="append", default=[], metavar="KIND=N", help="count what was done elsewhere")
+    parser.add_argument("--take", action="append", default=[], type=Path, metavar="FILE", help="add another's counts")
     given = parser.parse_args(arguments)
     record = Record(given.counts)
+    for file in given.take:
+        if not file.is_file():
+            parser.error(f"{file} is not there")
+        record.take(Record(file))
+        record.save()
     for text in given.add:
         kind, _, count = text.partition("=")
         if kind not in WORDS or not count.isdecimal():
             parser.error(f"--add takes one of {', '.join(WORDS)} and a number, not {text!r}")
         record.add(kind, int(count))
         record.save()
-    if not (given.table or given.add):
+    if not (given.table or given.add or given.take):
         _slice(given, record, sys.argv[1:] if arguments is None else arguments)
     print(table(record), end="")
     if given.counts == COUNTS:

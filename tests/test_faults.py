@@ -130,3 +130,11 @@ def test_the_campaign_counts_and_goes_on(tmp_path: Path) -> None:
     assert "| **silent corruptions** | 1 |" in campaign.table(again)
     assert campaign.main(["--add", "inputs=7", "--counts", str(tmp_path / "counts.json")]) == 1
     assert campaign.Record(tmp_path / "counts.json")["inputs"] == 7
+    other = campaign.Record(tmp_path / "other.json")
+    other.add("flips", 10, named=9)
+    other.add("kills", 1)
+    other.save()
+    assert campaign.main(["--take", str(tmp_path / "other.json"), "--counts", str(tmp_path / "counts.json")]) == 1
+    both = campaign.Record(tmp_path / "counts.json")
+    assert (both["flips"], both["kills"], both.value["outcomes"]["flips"]["named"]) == (13, 1, 11)
+    assert len(both.value["wrong"]) == 1

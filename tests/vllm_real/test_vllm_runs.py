@@ -40,6 +40,7 @@ def make(world: Any, folder: Path, python: str, **sections: dict[str, Any]) -> R
     values: dict[str, Any] = {
         "threads": 1, "student": {"model": str(world.student)}, "teacher": {"model": str(world.teacher)},
         "prompts": {"path": str(world.prompts)}, "rollout": rollouts,
+        "weigh": {"rule": "fire"},  # reads entropies
         "train": {"batch_size": 8, "lr": 1e-2, "export_dtype": "float32"},
         "vllm": {"python": python, "cpu_kv_cache_gb": 0.1}, "http": {"deadline": 2.0},
     }  # fmt: skip

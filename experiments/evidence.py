@@ -21,7 +21,7 @@ import jinja2
 import polars as pl
 
 from fire_data.experiment import table as tables
-from fire_data.experiment.page import arm_row, claim_row, difference_row, markdown_table, teacher_row
+from fire_data.experiment.page import arm_row, claim_row, difference_row, markdown_table
 from fire_data.experiment.spec import METRICS, Spec, load_spec
 from fire_data.experiment.statistics import paired
 from fire_data.experiment.summary import curves_of, differences, summarise
@@ -61,7 +61,7 @@ def page() -> str:
     loader = jinja2.FileSystemLoader(HERE)
     made = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True)
     tools: list[Callable[..., Any]] = [
-        arm, diff, better, claims, sure, arms, against, after, teachers, teacher, size, hours, peers, beside, names,
+        arm, diff, claims, sure, arms, against, after, teacher, size, hours, peers, beside, names,
     ]  # fmt: skip
     made.globals |= {tool.__name__: tool for tool in tools}
     return made.get_template("evidence.md.jinja").render() + "\n"
@@ -92,11 +92,6 @@ def teacher(name: str, group: str, who: str = "teacher", metric: str = "sampled"
 def diff(name: str, group: str, who: str, to: str = "uniform", metric: str = "sampled") -> str:
     """A paired difference with its interval."""
     return str(difference_row(_comparison(name, group, who, to, metric))["difference"])
-
-
-def better(name: str, group: str, who: str, to: str = "uniform", metric: str = "sampled") -> str:
-    """In how many seeds an arm is better."""
-    return str(difference_row(_comparison(name, group, who, to, metric))["better"])
 
 
 def sure(name: str, claim: str, verdict: str) -> str:
@@ -137,11 +132,6 @@ def against(name: str, to: str = "uniform", metric: str = "sampled") -> str:
         text = f"{bold}{c['mean']:+.3f}{bold}" if c["low"] is not None else f"{c['mean']:+.3f}"
         rows.setdefault(c["arm"], {"arm": c["arm"]})[_column(c)] = text
     return _lines([*rows.values()])
-
-
-def teachers(name: str) -> str:
-    """The teachers of an experiment."""
-    return _lines([teacher_row(t) for t in experiment(name).told["teachers"]])
 
 
 def peers() -> str:

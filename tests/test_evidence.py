@@ -75,6 +75,8 @@ def test_the_committed_experiments_are_listed_with_their_cells() -> None:
         listed |= dict(zip(re.findall(r"experiments/([\w-]+)\.yaml", files), map(int, counts.split(",")), strict=True))
     specs = {p.stem: load_spec(p) for p in (ROOT / "experiments").glob("*.yaml")}
     assert listed == {name: len([*cells(spec)]) for name, spec in specs.items()}
+    results = {p.stem for p in (ROOT / "experiments" / "results").iterdir()}
+    assert results == {*specs, EVIDENCE.PEERS.stem}, "every experiment has results, and nothing else does"
 
 
 def test_a_sentence_that_the_results_contradict_is_not_written() -> None:

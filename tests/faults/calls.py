@@ -27,7 +27,7 @@ _PLACES: tuple[tuple[Any, str], ...] = (
     (os, "link"), (os, "fsync"), (os, "replace"), (os, "rename"), (os, "open"), (os, "unlink"), (os, "mkdir"),
     (pq, "write_table"), (pq, "read_metadata"), (files, "sha256_file"), (Path, "open"),
 )  # fmt: skip
-_TRAINING = (("fire_data.trainstate", "save_file"),)  # only where torch is there
+_TRAINING = "fire_data.trainstate"  # only where torch is there
 _WRITERS = ("write_table", "save_file")
 
 
@@ -39,7 +39,7 @@ def failing(at: int, what: int | Callable[[], BaseException], *, for_good: bool 
     """
     calls: list[str] = []
     lock = threading.Lock()
-    places = [*_PLACES, *((sys.modules[module], name) for module, name in _TRAINING if module in sys.modules)]
+    places = [*_PLACES, *([(sys.modules[_TRAINING], "save_file")] if _TRAINING in sys.modules else [])]
 
     def wrap(real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +34,41 @@ from tests.ragged import ragged
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "security.md"
+
+
+# --- the network ------------------------------------------------------------------------------------------------
+
+_WATCHED = """
+import os, sys
+seen = []
+sys.addaudithook(lambda event, args: seen.append((event, repr(args[-1]))) if event in (
+    "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname") else None)
+from fire_data.cli.app import app
+for command in os.environ["COMMANDS"].splitlines():
+    code = app(command.split(), prog_name="fire", standalone_mode=False)
+    assert not code, (command, code)
+    assert not seen, (command, seen)
+"""
+
+
+def test_no_command_looks_for_an_address_or_connects_to_one(make_run: Any, tmp_path: Path) -> None:
+    """All commands that can do without a Hub or a server, with an environment that forbids nothing."""
+    run = make_run(tmp_path / "run", rollout={"max_new_tokens": 4}).root
+    names = ["plan", "rollout", "verify", "score", "weigh", "train", "eval", "check", "status", "inspect",
+             "diagnose", "compare", "run"]  # fmt: skip
+    commands = [f"{name} {run}" for name in names]
+    commands += [
+        f"explain {run} 0 max",
+        f"report {run} --out {tmp_path}/report.html",
+        "env",
+        "rules",
+        f"init {tmp_path}/other --student a/b --teacher c/d",
+    ]
+    env = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", _WATCHED], env={**env, "COMMANDS": "\n".join(commands)}, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 # --- models -----------------------------------------------------------------------------------------------------

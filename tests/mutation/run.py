@@ -180,12 +180,12 @@ def changes_of(module: str) -> Iterator[Change]:
         if kind.startswith(_LEFT_OUT) or (replaced != kind and replaced not in _PAIRS):
             continue
         for occurrence in range(10_000):
-            changed = mutate_code(source, get_operator(name)(), occurrence)
-            if changed is None:
-                break
             try:
+                changed = mutate_code(source, get_operator(name)(), occurrence)
+                if changed is None:
+                    break
                 same = _meaning(changed) == meaning
-            except SyntaxError:
+            except (SyntaxError, AttributeError):  # not Python; or an exception with a dot in its name, not its case
                 continue
             if not same and changed not in seen:
                 seen.add(changed)

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import typer
 
-from fire_data.schemas.errors import FireError
+from fire_data.schemas.errors import FireError, first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,7 +86,8 @@ def _explain(error: BaseException) -> None:
         what, fix = "the disk is full", "free some space where the output goes, then the same command"
     elif isinstance(error, OSError) and error.errno in _DISK:
         what, fix = "the file system failed", "look at the disk or the mount, then the same command continues"
-    say(f"error: {what}: {type(error).__name__}: {first_line(error)}\n  fix:   {fix}")
+    kind, line = type(error).__name__, first_line(error)
+    say(f"error: {what}: {line if line == kind else f'{kind}: {line}'}\n  fix:   {fix}")
 
 
 def say(text: str) -> None:
@@ -102,11 +103,6 @@ def visible(text: str) -> str:
 def visible_lines(text: str) -> str:
     """As `visible`, with the line breaks kept."""
     return "\n".join(map(visible, text.split("\n")))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _debug(error: Any) -> None:

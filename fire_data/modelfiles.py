@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fire_data.schemas.errors import DataError
+from fire_data.schemas.errors import DataError, first_line
 
 COPY = "copy the model again, or save it with save_pretrained"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -98,8 +98,3 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

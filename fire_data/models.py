@@ -18,9 +18,9 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fire_data.modelfiles import COPY, first_line, read_json, require_config, require_tokenizer, require_weights
+from fire_data.modelfiles import COPY, read_json, require_config, require_tokenizer, require_weights
 from fire_data.schemas.config import ModelConfig
-from fire_data.schemas.errors import NOT_FINITE, ConfigError, DataError, EngineError
+from fire_data.schemas.errors import NOT_FINITE, ConfigError, DataError, EngineError, first_line
 from fire_data.schemas.manifest import digest
 
 if TYPE_CHECKING:

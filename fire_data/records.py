@@ -16,6 +16,7 @@ from pydantic_core import from_json
 
 from fire_data import files
 from fire_data.schemas.errors import DamagedError, DataError
+from fire_data.schemas.manifest import problem
 from fire_data.schemas.tables import FORMAT
 
 KEY = "checksum"
@@ -59,9 +60,7 @@ def read(kind: type[_T], path: Path, fix: str) -> _T | None:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        text = f"not a {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise DamagedError(text, where=str(path), fix=fix) from None
+        raise DamagedError(f"not a {name}: {problem(error)}", where=str(path), fix=fix) from None
 
 
 def _checksum(body: bytes) -> bytes:

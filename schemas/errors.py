@@ -11,6 +11,11 @@ NOT_FINITE = "look for NaN in the models' weights, or use another dtype (student
 """What to do where a model gave a number that is not finite."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a message that says something, or else the kind of the error."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+
+
 class FireError(Exception):
     """Something failed. `what` is the fact, `where` the place (stage, shard, row, column), `fix` a command."""
 

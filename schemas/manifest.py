@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from .tables import FORMAT
 
@@ -46,6 +46,53 @@ class Shard(_Record):
     stop: int
 
 
+Values = dict[str, Any]
+
+
+class _Fields(_Record):
+    """Of `Manifest.fields`, `stats` and `recorded`: what readers take apart. All of it may be missing."""
+
+    student: Values | None = None
+    teachers: dict[str, Values] | None = None
+    vocabulary: Values | None = None
+    rollout: Values | None = None
+    score: Values | None = None
+    rule: Values | None = None
+    train: Values | None = None
+    addons: dict[str, str] | None = None
+    inputs: dict[str, str] | None = None
+
+
+class _Stats(_Record):
+    steps: int | list[Values] | None = None
+    rule: dict[str, list[Values]] | None = None
+    routes: list[tuple[str | None, int]] | None = None
+    teachers: dict[str, Values] | None = None
+    mean_length: float | None = None
+
+
+class _Recorded(_Record):
+    teachers: dict[str, str] | None = None
+    entropy_kind: str | dict[str, str] | None = None
+    entropy: dict[str, Values] | None = None
+    sampling: Values | None = None
+    reads: dict[str, Values] | None = None
+    tokenizers: Values | None = None
+
+
+def _as(kind: type[_Record]) -> AfterValidator:
+    """Values stay as they are; ValueError for those that cannot be read as `kind`."""
+
+    def check(values: Values) -> Values:
+        try:
+            kind.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(problem(error)) from None
+        return values
+
+    return AfterValidator(check)
+
+
 class Manifest(_Record):
     """A stage of one round. `fields` are what the fingerprint is made of, kept so that a difference can be named."""
 
@@ -55,11 +102,18 @@ class Manifest(_Record):
     round: int
     state: Literal["open", "sealed"] = "open"
     fingerprint: str
-    fields: dict[str, Any]
+    fields: Annotated[Values, _as(_Fields)]
     plan: tuple[Shard, ...]
     shards: tuple[Receipt, ...] = ()
-    stats: dict[str, Any] = {}
-    recorded: dict[str, Any] = {}
+    stats: Annotated[Values, _as(_Stats)] = {}
+    recorded: Annotated[Values, _as(_Recorded)] = {}
+
+    @model_validator(mode="after")
+    def _steps_are_counted_or_listed(self) -> Self:
+        kind, steps = int if self.stage == "checkpoints" else list, self.stats.get("steps")
+        if steps is not None and not isinstance(steps, kind):
+            raise ValueError(f"stats.steps of {self.stage} is no {kind.__name__}")
+        return self
 
     @property
     def sealed(self) -> bool:
@@ -69,6 +123,12 @@ class Manifest(_Record):
     def digest(self) -> str:
         """Identifies the stage's content: what a later stage's fingerprint names as its input."""
         return digest([[r.shard, r.sha256] for r in self.shards])
+
+
+def problem(error: ValidationError) -> str:
+    """Why a record is none: the first place in it that is wrong, and how."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, "))))
 
 
 def canonical(value: Any) -> str:

@@ -147,7 +147,8 @@ def test_the_sum_may_be_cut_anywhere_and_is_taken_in_single_precision_at_least()
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    for now, teacher, coefficient in [((3, 2), (3, 2), (3, 2)), ((3, 2), (3, 1), (3,)), ((3,), (3,), (3,))]:
+    two = (3, 2)
+    for now, teacher, coefficient in [(two, two, two), (two, two, (1,)), (two, (3, 1), (3,)), ((3,), (3,), (3,))]:
         with pytest.raises(DataError, match=re.escape(f"have shapes {now}, {teacher}, {coefficient}")):
             forward_kl_loss(torch.zeros(now), torch.zeros(teacher), torch.zeros(coefficient), renormalise=True)
 

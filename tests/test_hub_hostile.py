@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,20 @@ def test_an_index_that_could_not_be_written_again_is_refused(where: str, value: 
     text = json.dumps({"format": 1, "stages": [stage]}).replace('"HERE"', value)
     with pytest.raises(DataError, match="index"):
         read_index(text.encode(), "here")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "told"),
+    [("recorded", {"teachers": ["t"]}, "recorded: teachers"), ("fields", {"teachers": {"t": 3}}, "fields: teachers.t"),
+     ("recorded", {"entropy_kind": {"student": ["exact"]}}, "entropy_kind"), ("stats", {"steps": 3}, "stats.steps"),
+     ("fields", {"student": "a/b"}, "fields: student"), ("fields", {"rule": [1]}, "fields: rule")],
+)  # fmt: skip
+def test_what_is_read_from_a_manifest_has_the_shape_that_is_read(where: str, value: Any, told: str) -> None:
+    """Found by fuzzing: a card was begun that no code could end."""
+    stage = json.loads(made().model_dump_json())
+    with pytest.raises(DataError, match=f"no manifest: .*{re.escape(told)}"):
+        read_index(json.dumps({"format": 1, "stages": [stage | {where: value}]}).encode(), "here")
+    assert read_index(json.dumps({"format": 1, "stages": [stage]}).encode(), "here")
 
 
 def test_a_stage_is_named_once() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fire_data.schemas.errors import ConfigError, DataError, FireError, IncompleteError, StorageError
+from fire_data.schemas.errors import ConfigError, DataError, FireError, IncompleteError, StorageError, first_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -231,8 +231,7 @@ def line_of(error: BaseException) -> str:
     """The first line of an error that says something, without addresses' signatures and without the token."""
     from huggingface_hub import get_token
 
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    text = re.sub(r"\?\S+", "", lines[0])[:300]
+    text = re.sub(r"\?\S+", "", first_line(error))[:300]
     token = get_token()
     return text.replace(token, "***") if token else text
 

@@ -20,8 +20,8 @@ from pydantic_core import from_json
 from fire_data.overview import parts
 from fire_data.run import Run
 from fire_data.schemas.config import WeighConfig, is_benchmark
-from fire_data.schemas.errors import ConfigError, DataError, FingerprintError
-from fire_data.schemas.manifest import ADAPTER, Manifest, Receipt, differences, digest
+from fire_data.schemas.errors import ConfigError, DataError, FingerprintError, first_line
+from fire_data.schemas.manifest import ADAPTER, Manifest, Receipt, differences, digest, problem
 from fire_data.schemas.tables import FORMAT, addon_columns
 from fire_data.shards import Part, read_manifest
 
@@ -166,8 +166,9 @@ def _manifest(value: Any, where: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(value)
         wrong = _wrong(manifest)
-    except (ValidationError, ValueError, RecursionError) as error:
-        raise _refused(f"it holds something that is no manifest: {str(error).splitlines()[0]}", where) from None
+    except (ValueError, RecursionError) as error:
+        told = problem(error) if isinstance(error, ValidationError) else first_line(error)
+        raise _refused(f"it holds something that is no manifest: {told}", where) from None
     if wrong:
         raise _refused(f"{manifest.stage!r} of round {manifest.round}: {wrong}", where)
     return manifest

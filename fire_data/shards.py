@@ -321,7 +321,7 @@ def _parsed(data: bytes, table: str) -> pa.Table | None:
     """The table in a Parquet file's bytes; None if there is none that conforms to the schema called `table`."""
     try:
         return conform(pq.read_table(pa.BufferReader(data), page_checksum_verification=True), table, "")
-    except (pa.ArrowException, OSError, DataError):  # a page checksum that differs is an OSError
+    except (pa.ArrowException, OSError, UnicodeDecodeError, DataError):  # a page checksum that differs is an OSError
         return None
 
 

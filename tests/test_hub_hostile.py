@@ -363,7 +363,7 @@ def test_bytes_that_are_swapped_on_the_way_are_refused(caller: Caller, repo: Rep
     assert caller.fire("pull", "me/data", tmp_path / "pulled", "--stage", "scores")["code"] == 0
 
 
-@pytest.mark.parametrize("what", ["types", "rows", "garbage", "rollouts"])
+@pytest.mark.parametrize("what", ["types", "rows", "a name that is no UTF-8", "garbage", "rollouts"])
 def test_a_table_that_is_none_of_its_stage_is_refused(caller: Caller, repo: Repo, tmp_path: Path, what: str) -> None:
     """The index and the file agree with each other, and not with what a table of scores is."""
     table = pq.read_table(io.BytesIO(repo.tree[SCORES]))
@@ -373,9 +373,12 @@ def test_a_table_that_is_none_of_its_stage_is_refused(caller: Caller, repo: Repo
         )
     sink = io.BytesIO()
     pq.write_table(table if what != "rows" else table.slice(1), sink)
-    data = {"garbage": b"PAR1 nothing", "rollouts": repo.tree["rollouts/round-000/00000.parquet"]}.get(
-        what, sink.getvalue()
-    )
+    others = {
+        "garbage": b"PAR1 nothing",
+        "rollouts": repo.tree["rollouts/round-000/00000.parquet"],
+        "a name that is no UTF-8": sink.getvalue().replace(b"student_logprob", b"\xbb\xbbudent_logprob"),
+    }
+    data = others.get(what, sink.getvalue())
     stages = read_index(repo.tree[INDEX], "")
     scores = stages[0, "scores", ""]
     first = scores.shards[0].model_copy(update={"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})

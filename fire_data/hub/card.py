@@ -122,7 +122,7 @@ columns of tokens are lists with one element per response token."""
 
 
 def _loading(repo: str, tables: Tables) -> str:
-    config, folder = _config(*next((t for t in tables if t[0] == "scores"), next(iter(tables))))
+    config, folder = _config(*next((t for t in tables if t[0] == "scores"), next(iter(tables), ("scores", ""))))
     return f"""```python
 from datasets import load_dataset
 rows = load_dataset("{repo}", "{config}", split="train")

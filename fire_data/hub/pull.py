@@ -259,7 +259,7 @@ def _take(hub: Repository, path: str, commit: str, part: Part, receipt: Receipt)
         if not intact(loaded, receipt):
             raise _other(hub, path)
         _examine(loaded, part, receipt)
-    except (pa.ArrowException, OSError, DataError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, DataError) as error:  # the last but one: names of columns
         files.remove(scratch)  # else the client would take it for good the next time
         if isinstance(error, DamagedError):
             raise

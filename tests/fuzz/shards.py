@@ -65,7 +65,7 @@ def _shard(data: bytes) -> None:
     path = written(str(part.file("00000").relative_to(scratch())), data)
     try:
         rows = pq.read_metadata(path).num_rows
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         rows = 0
     fields = {"format": 1}
     receipt = Receipt(
@@ -79,7 +79,7 @@ def _shard(data: bytes) -> None:
     _parsed(data, "scores")
     try:
         _examine(path, part, receipt)
-    except (pa.ArrowException, OSError, FireError):  # `_take` tells of these
+    except (pa.ArrowException, OSError, UnicodeDecodeError, FireError):  # `_take` tells of these
         return
     files.replace_json(part.manifest_path, made.model_dump(mode="json"), part.tmp)
     _use(run, part, receipt)
